@@ -1,3 +1,3 @@
-"""The shared core of the kd packages. Importing it is free: every heavy library is imported where it is used."""
+"""The shared core of the kd packages. Importing it is free: heavy libraries are imported where they are used."""
 
 __version__ = "0.1.0"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Bad input: a config, a path, a shape. The message names the field, what was given and what is allowed (exit 2)."""
+    """Bad input: a config, a path, a shape (exit 2). The message names the field, the value and what is allowed."""
 
 
 class RunFailed(RuntimeError):
-    """A run that started and could not go on (exit 1); `checkpoint` is the last good one, where there is one."""
+    """A run that started and could not go on (exit 1); `checkpoint` is the last good one, or None."""
 
     def __init__(self, message: str, checkpoint: Path | None = None):
         super().__init__(message)

@@ -1,0 +1,191 @@
+"""Stage, RunContext, run_stages: a run is a list of stages, and a finished stage is never run again.
+
+Run directory: `config.yaml` (resolved), `environment.json`, `stages.json` (finished stages and their artefacts),
+`metrics.jsonl`, `checkpoints/<stage>/`, one folder per artefact (`student/`, `teacher/`), `report.html`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kdcore.config import RunConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Artefacts = dict[str, Path]
+"""Name -> path of what a stage leaves for later stages and for the user, inside the run directory."""
+
+
+@dataclass
+class RunContext:
+    """What a stage may use: the run's folder and seed, the accelerator, and what earlier stages left."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    resume: bool = False
+    quiet: bool = False
+    artefacts: Artefacts = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def log(self, **record: Any) -> None:
+        """Appends one line to metrics.jsonl, on the main process."""
+        if self.is_main:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+    def say(self, text: str) -> None:
+        """One line for the person at the terminal."""
+        if self.is_main and not self.quiet:
+            print(text, flush=True)
+
+
+class Stage(Protocol):
+    """A step of a run. `run` returns artefacts; a stage that is recorded as finished is not run again."""
+
+    name: str
+
+    def run(self, context: RunContext) -> Artefacts: ...
+
+
+@dataclass
+class Procedure:
+    """A stage without gradient training: mining, closed forms, search, selection, measuring."""
+
+    name: str
+    function: Callable[[RunContext], Artefacts]
+
+    def run(self, context: RunContext) -> Artefacts:
+        return self.function(context)
+
+
+@dataclass
+class CachedStage:
+    """A stage whose artefacts are kept under the hash of `fingerprint` and reused by later runs.
+
+    For the teachers that `small` configs train on the spot: every arm and method that names the same teacher, data
+    and seed shares one. The artefacts are copied into the run, so that a run directory stands alone.
+    """
+
+    stage: Stage
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    def run(self, context: RunContext) -> Artefacts:
+        entry = cache_folder() / self.name / digest(self.fingerprint)
+        if _agreed(context, (entry / "artefacts.json").is_file()):
+            context.say(f"{self.name}: taken from the cache")
+            return _copy_from_cache(context, entry)
+        artefacts = self.stage.run(context)
+        if context.is_main:
+            _publish(artefacts, entry)
+        context.accelerator.wait_for_everyone()
+        return artefacts
+
+
+def cache_folder() -> Path:
+    """`KD_CACHE`, or `kd` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kd"
+    return Path(os.environ.get("KD_CACHE") or default)
+
+
+def digest(value: Any) -> str:
+    """Short stable hash of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _agreed(context: RunContext, hit: bool) -> bool:
+    """The main process decides, so that no rank trains while another one skips."""
+    if context.accelerator.num_processes == 1:
+        return hit
+    from accelerate.utils import broadcast_object_list
+
+    return bool(broadcast_object_list([hit])[0])
+
+
+def _copy_from_cache(context: RunContext, entry: Path) -> Artefacts:
+    names = json.loads((entry / "artefacts.json").read_text())
+    artefacts = {name: context.folder / relative for name, relative in names.items()}
+    if context.is_main:
+        for path in artefacts.values():
+            source = entry / path.relative_to(context.folder)
+            if source.is_dir():
+                shutil.copytree(source, path, dirs_exist_ok=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, path)
+    context.accelerator.wait_for_everyone()
+    return artefacts
+
+
+def _publish(artefacts: Artefacts, entry: Path) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".tmp-"))
+    try:
+        for path in artefacts.values():
+            target = temporary / path.name
+            if path.is_dir():
+                shutil.copytree(path, target)
+            else:
+                shutil.copy2(path, target)
+        names = {name: path.name for name, path in artefacts.items()}
+        (temporary / "artefacts.json").write_text(json.dumps(names))
+        os.rename(temporary, entry)
+    except OSError:
+        if not entry.is_dir():  # another process published the same stage first: theirs is as good
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- running
+
+
+def run_stages(stages: Sequence[Stage], context: RunContext) -> Artefacts:
+    """Runs the stages in order, skips those that stages.json holds, and returns every artefact by name."""
+    record = context.folder / "stages.json"
+    finished: dict[str, dict[str, str]] = json.loads(record.read_text()) if record.is_file() else {}
+    for stage in stages:
+        if stage.name in finished:
+            context.say(f"{stage.name}: finished before, skipped")
+            artefacts = {name: context.folder / path for name, path in finished[stage.name].items()}
+        else:
+            artefacts = stage.run(context)
+            names = {name: path.relative_to(context.folder).as_posix() for name, path in artefacts.items()}
+            finished[stage.name] = names
+            if context.is_main:
+                write_atomically(record, json.dumps(finished, indent=2))
+            context.accelerator.wait_for_everyone()
+        context.artefacts.update(artefacts)
+    return dict(context.artefacts)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
