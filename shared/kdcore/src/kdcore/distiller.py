@@ -118,9 +118,17 @@ class Distiller(nn.Module):
         """What the user takes away: nothing auxiliary, nothing of the teacher."""
         return self.student
 
-    def forward(self, batch: Any, player: str = "student") -> LossTerms:
-        # DDP and FSDP wrap forward, so the loss goes through it.
-        return self.loss(batch, player)
+    def epoch_start(self) -> None:
+        """Called before each epoch, and again when a run resumes inside it: must not depend on how often."""
+
+    def epoch_end(self) -> None:
+        """Called once after each epoch: weight averaging, statistics. What it keeps belongs in the state dict."""
+
+    def forward(self, batch: Any, player: str = "student") -> dict[str, tuple[float, Tensor]]:
+        # DDP and FSDP wrap forward, so the loss goes through it. They look for the graph in plain containers, and
+        # expect a gradient for whatever an output depends on: a term of weight 0 must not look used.
+        terms = self.loss(batch, player)
+        return {name: (weight, term if weight != 0 else term.detach()) for name, (weight, term) in terms.items()}
 
     def train(self, mode: bool = True):
         super().train(mode)

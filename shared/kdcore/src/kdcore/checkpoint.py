@@ -1,0 +1,167 @@
+"""Checkpoints that are whole or absent, and safe to open.
+
+A checkpoint is a folder `step-00000123` with `model.safetensors`, `state.pt` (tensors and plain values, read with
+`weights_only=True`), optionally `best.safetensors`, and `manifest.json` with every file's SHA-256. It is written under
+a temporary name, flushed to disk and renamed, so that a killed process leaves either a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kdcore.errors import InputError
+
+PREFIX = "step-"
+
+
+@dataclass
+class Checkpoint:
+    """`model`: tensors of the distiller without frozen parts. `state`: everything else. `best`: weights or None."""
+
+    step: int
+    model: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    best: Mapping[str, Tensor] | None = None
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    """Writes `folder/step-N` atomically and removes all but the newest `keep` checkpoints. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{PREFIX}{checkpoint.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    for stale in folder.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir()
+    save_file(_plain(checkpoint.model), temporary / "model.safetensors")
+    if checkpoint.best is not None:
+        save_file(_plain(checkpoint.best), temporary / "best.safetensors")
+    torch.save(dict(checkpoint.state), temporary / "state.pt")
+    manifest = {"step": checkpoint.step, "files": {p.name: _sha256(p) for p in sorted(temporary.iterdir())}}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for path in temporary.iterdir():
+        _sync(path)
+    _sync(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    _sync(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint. Raises InputError that names the broken file, and the newest older one that is good."""
+    problem = fault(path)
+    if problem:
+        good = [older for older in checkpoints(path.parent) if older.name < path.name and not fault(older)]
+        hint = f"; {good[-1].name} is good: remove {path.name} to go on from it" if good else "; no older one is good"
+        raise InputError(f"checkpoint {path}: {problem}{hint}")
+    best = path / "best.safetensors"
+    return Checkpoint(
+        step=json.loads((path / "manifest.json").read_text())["step"],
+        model=load_file(path / "model.safetensors"),
+        state=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
+        best=load_file(best) if best.is_file() else None,
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def last_good(run: Path) -> Path | None:
+    """The newest whole checkpoint anywhere in a run directory, for messages about a failed run."""
+    found = sorted((run / "checkpoints").glob(f"*/{PREFIX}*"), key=lambda path: path.stat().st_mtime)
+    return next((path for path in reversed(found) if not fault(path)), None)
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    if not path.is_dir():
+        return "no such checkpoint"
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "manifest.json is missing or unreadable"
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != expected:
+            return f"{name} is corrupt (its SHA-256 differs from the manifest)"
+    return None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; InputError that names it when it is missing or broken."""
+    if not path.is_file():
+        raise InputError(f"weights {path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"weights {path}: not a readable safetensors file ({error})") from None
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU: safetensors takes neither shared memory (tied weights) nor strided views."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- random generators
+
+
+def rng_state() -> dict[str, Any]:
+    """State of Python's, numpy's and torch's generators (CPU and every CUDA device) as tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """The counterpart of `rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,129 @@
+"""Data order and augmentation as a function of (seed, epoch, index), so that a resumed run sees the same samples.
+
+`seeded_loader` gives a plain DataLoader whose permutation depends on (seed, epoch) and whose random augmentations are
+seeded per sample. Neither the number of workers, nor the number of processes, nor the point of a resume changes what
+a sample looks like in an epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+SampleKey = tuple[int, int]
+"""(epoch, index): what the seeded sampler yields and the seeded data set takes."""
+
+
+class SeededSampler(Sampler[SampleKey]):
+    """Yields (epoch, index); the permutation of epoch e is drawn from a generator seeded with (seed, e)."""
+
+    def __init__(self, size: int, seed: int = 0, shuffle: bool = True):
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        epoch = self.epoch
+        if not self.shuffle:
+            return iter([(epoch, index) for index in range(self.size)])
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        return iter([(epoch, index) for index in torch.randperm(self.size, generator=generator).tolist()])
+
+
+class SeededDataset(Dataset[Any]):
+    """Wraps a map-style data set: the global generators are seeded per sample while it is read, then restored.
+
+    A data set that has `__getitems__` (a whole batch at once, no randomness of its own) is read that way.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int = 0):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        epoch, index = key
+        with seeded(_mix(self.seed, epoch, index)):
+            return self.dataset[index]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__([index for _, index in keys])  # type: ignore[attr-defined]
+        return [self[key] for key in keys]
+
+
+def seeded_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    num_workers: int = 0,
+    collate: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """A DataLoader over `dataset` with reproducible order and augmentation; see the module."""
+    return DataLoader(
+        SeededDataset(dataset, seed),
+        batch_size=batch_size,
+        sampler=SeededSampler(len(cast(Sized, dataset)), seed, shuffle),
+        drop_last=drop_last,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate,
+        # A generator of its own: starting an epoch must not advance the global one.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's CPU generators inside the block and restores them after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch every accelerator too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _mix(*parts: int) -> int:
+    """One 63-bit seed from several numbers; neighbours give unrelated seeds (splitmix64 finaliser)."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tells every sampler and data set inside a (possibly accelerate-wrapped) loader which epoch it is."""
+    seen: set[int] = set()
+    pending = [loader]
+    while pending:
+        part = pending.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+        pending += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]

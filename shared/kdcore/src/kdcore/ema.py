@@ -1,0 +1,78 @@
+"""Exponential moving averages of weights: constant decay with warm-up, and the power law of EDM2.
+
+    constant:  w_ema <- d w_ema + (1 - d) w,  d = min(decay, (1 + t) / (10 + t)) under warm-up
+    power:     d_t = (1 - 1/t)^(gamma + 1)    (arXiv 2312.02696, eq. 127)
+with t = 1 for the first update. Both start from the weights the average was made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kdcore.config import EMAConfig
+
+
+def decay_at(config: EMAConfig, update: int) -> float:
+    """The decay of the `update`-th update (counted from 1).
+
+    >>> decay_at(EMAConfig(decay=0.999), 1)
+    0.18181818181818182
+    >>> decay_at(EMAConfig(kind="power", gamma=1.0), 2)
+    0.25
+    """
+    if config.kind == "power":
+        return (1 - 1 / update) ** (config.gamma + 1)
+    return min(config.decay, (1 + update) / (10 + update)) if config.warmup else config.decay
+
+
+class EMA:
+    """The average of a module's floating-point parameters; buffers are copied as they are."""
+
+    def __init__(self, module: nn.Module, config: EMAConfig):
+        self.module, self.config, self.updates = module, config, 0
+        self.shadow = {name: parameter.detach().clone() for name, parameter in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One update, after the optimiser's step."""
+        self.updates += 1
+        decay = decay_at(self.config, self.updates)
+        names, parameters = zip(*self._trained(), strict=True)
+        torch._foreach_lerp_([self.shadow[name] for name in names], list(parameters), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside the block."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._trained()}
+        self.copy_to_module()
+        try:
+            yield
+        finally:
+            self._assign(kept)
+
+    def copy_to_module(self) -> None:
+        self._assign(self.shadow)
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.module.named_parameters())
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self.shadow, "_updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        values = dict(state)
+        self.updates = int(values.pop("_updates"))
+        if values.keys() != self.shadow.keys():
+            raise ValueError("EMA state does not fit the module: parameter names differ")
+        for name, value in values.items():
+            self.shadow[name].copy_(value)

@@ -1,0 +1,387 @@
+"""TrainStage: the accelerate loop. One process, `accelerate launch` (DDP, FSDP, DeepSpeed) and resume are one path.
+
+An iteration takes `accumulation` micro-batches; every player whose turn it is sees them in order, minimises the mean
+of its loss over them and steps once. Batch sizes in configs are totals over all processes. A run is a function of its
+config and seed: `--resume` continues from the newest checkpoint to bit-identical weights (data order and augmentation
+as `kdcore.data.seeded_loader` gives them).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+    skip_first_batches,
+)
+from torch import Tensor, nn
+
+from kdcore import checkpoint as checkpoints
+from kdcore.config import TrainConfig
+from kdcore.data import set_epoch
+from kdcore.distiller import Distiller, LossTerms, Player, Progress
+from kdcore.ema import EMA
+from kdcore.errors import InputError
+from kdcore.gradients import rule_backward
+from kdcore.optim import make_optimizer, make_schedule
+from kdcore.stages import Artefacts, RunContext, write_atomically
+from kdcore.termlog import TermLog
+
+
+def make_accelerator(
+    train: TrainConfig, *, cpu: bool = False, seed: int = 0, folder: Path | None = None
+) -> Accelerator:
+    """The accelerator of a run: batch sizes are totals, data order is seeded, unused parameters are allowed."""
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=cpu,
+        log_with=list(train.trackers) or None,
+        project_dir=folder,
+        rng_types=[],  # nothing to synchronise: every order is a function of the seed
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
+        # Players and zero-weight terms leave parameters without a gradient in some turns.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+@dataclass
+class TrainSetup:
+    """What a TrainStage trains. `evaluate` gets the deployed module in eval mode and returns validation metrics."""
+
+    distiller: Distiller
+    loader: Iterable[Any]
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+
+
+@dataclass
+class TrainStage:
+    """Trains a Distiller and saves what it deploys as `<run>/<artefact>/` through `save(module, folder)`.
+
+    `build` is called with the generators seeded by (run seed, stage name), so that a stage does not depend on whether
+    the stages before it ran or came from a cache.
+    """
+
+    name: str
+    config: TrainConfig
+    build: Callable[[RunContext], TrainSetup]
+    save: Callable[[nn.Module, Path], None]
+    artefact: str = "student"
+
+    def run(self, context: RunContext) -> Artefacts:
+        set_seed((context.seed * 1_000_003 + zlib.crc32(self.name.encode())) % 2**31)
+        loop = Loop(self.name, context, self.build(context), self.config)
+        deployed = loop.fit()
+        target = context.folder / self.artefact
+        if context.is_main:
+            temporary = target.with_name(f".{self.artefact}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self.save(deployed, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(temporary, target)
+        context.accelerator.wait_for_everyone()
+        return {self.artefact: target}
+
+
+@dataclass
+class Turn:
+    """A player with what the loop made for it."""
+
+    player: Player
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    parameters: list[nn.Parameter]
+    ema: EMA | None
+
+
+class Loop:
+    """The training loop of one stage. `fit` runs it to the end and returns the deployed module."""
+
+    def __init__(self, name: str, context: RunContext, setup: TrainSetup, config: TrainConfig):
+        self.name, self.context, self.config = name, context, config
+        self.accelerator = context.accelerator
+        self.distiller, self.evaluate = setup.distiller, setup.evaluate
+        self.folder = context.folder / "checkpoints" / name
+        self._plan(setup.loader)
+        self._prepare(setup)
+        self.log = TermLog(context, name, config.log_every)
+        self._rng: Any = None
+        self.best: tuple[float, dict[str, Tensor] | None] | None = None
+        self.bad_evaluations = 0
+        self.step = self.epoch = self.window = 0
+        if context.resume:
+            self._resume()
+        self.log.attach(self)
+
+    # ------------------------------------------------------------ set-up
+
+    def _plan(self, loader: Iterable[Any]) -> None:
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            batches = None
+        if batches == 0:
+            raise InputError("train.batch_size: larger than the training set, so that no batch is left")
+        if batches is None and self.config.steps is None:
+            raise InputError("train.epochs: the loader has no length; give train.steps as the budget")
+        per_epoch = math.ceil(batches / self.config.accumulation) if batches else self.config.steps
+        assert per_epoch is not None
+        self.steps = self.config.steps or (self.config.epochs or 0) * per_epoch
+        self.steps_per_epoch = per_epoch
+        epochs = math.ceil(self.steps / per_epoch)
+        self.distiller.progress = Progress(epochs=epochs, steps=self.steps)
+
+    def _prepare(self, setup: TrainSetup) -> None:
+        accelerator, config = self.accelerator, self.config
+        processes = accelerator.num_processes
+        if config.batch_size % processes:
+            raise InputError(f"train.batch_size = {config.batch_size}: not divisible by the {processes} processes")
+        self.distiller.train()
+        if config.compile:
+            self.distiller.compile()
+        players = self.distiller.players()
+        optimizers = [make_optimizer(player, config) for player in players]
+        self.loader: Any = accelerator.prepare(setup.loader)
+        self.model, *optimizers = accelerator.prepare(self.distiller, *optimizers)
+        self.turns = []
+        for player, optimizer in zip(players, optimizers, strict=True):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            ema = player.ema or config.ema
+            self.turns.append(
+                Turn(
+                    player,
+                    optimizer,
+                    make_schedule(inner, player, config, self.steps, self.steps_per_epoch),
+                    [parameter for group in inner.param_groups for parameter in group["params"]],
+                    EMA(player.module, ema) if ema else None,
+                )
+            )
+
+    # ------------------------------------------------------------ the loop
+
+    def fit(self) -> nn.Module:
+        """Trains to the end of the budget (or of patience) and returns the deployed module in eval mode."""
+        with self.log:
+            while self.step < self.steps and not self._out_of_patience():
+                self._epoch()
+        self._finish()
+        return self.distiller.deployed().eval()
+
+    def _epoch(self) -> None:
+        self.distiller.progress.epoch = self.epoch
+        self.distiller.epoch_start()
+        for window in self._windows():
+            self.window += 1
+            self._iteration(window)
+            done = self.step >= self.steps
+            if self.step % self.config.checkpoint_every == 0 and not done:
+                self._checkpoint()
+            if done:
+                break
+        self.distiller.epoch_end()
+        self.epoch, self.window = self.epoch + 1, 0
+        if self.evaluate is not None and (self.epoch % self.config.eval_every == 0 or self.step >= self.steps):
+            self._evaluate()
+
+    def _windows(self) -> Iterator[list[Any]]:
+        """Lists of `accumulation` micro-batches; the last of an epoch may be shorter."""
+        size, done = self.config.accumulation, self.window
+        set_epoch(self.loader, self.epoch)
+        loader = self.loader
+        resumed = self._rng
+        if done:
+            loader = skip_first_batches(self.loader, done * size)
+            set_epoch(loader, self.epoch)
+        window: list[Any] = []
+        for batch in loader:
+            if resumed is not None:  # starting a loader may have drawn from the generators
+                checkpoints.set_rng_state(resumed)
+                resumed = self._rng = None
+            window.append(batch)
+            if len(window) == size:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _iteration(self, window: list[Any]) -> None:
+        for turn in self.turns:
+            if self.step % turn.player.every == 0:
+                self._turn(turn, window)
+        self.step += 1
+        self.distiller.progress.step = self.step
+        self.log.step_done(self.step, self.epoch)
+
+    def _turn(self, turn: Turn, window: list[Any]) -> None:
+        name = turn.player.name
+        with self._only(turn):
+            rule = self.distiller.gradient_rule(name)
+            if rule is not None:
+                rule_backward(self, turn, window, rule)
+            else:
+                for index, batch in enumerate(window):
+                    last = index == len(window) - 1
+                    with nullcontext() if last else self.accelerator.no_sync(self.model):
+                        terms = self.terms(batch, name)
+                        self.accelerator.backward(terms.total() / len(window) if len(window) > 1 else terms.total())
+            clip = turn.player.clip or self.config.clip
+            if clip is not None:
+                self.accelerator.clip_grad_norm_(turn.parameters, clip)
+            turn.optimizer.step()
+            turn.optimizer.zero_grad()
+        turn.schedule.step()
+        if turn.ema is not None:
+            turn.ema.update()
+
+    def terms(self, batch: Any, player: str) -> LossTerms:
+        """The forward pass of one micro-batch, logged."""
+        terms = LossTerms(self.model(batch, player))
+        self.log.record(self.step, player, terms, batch)
+        return terms
+
+    def _only(self, turn: Turn) -> ExitStack:
+        """With several players, only the active one's parameters collect gradients; the graph through others stays."""
+        stack = ExitStack()
+        if len(self.turns) > 1:
+            own = {id(parameter) for parameter in turn.parameters}
+            others = [p for other in self.turns for p in other.parameters if id(p) not in own and p.requires_grad]
+            for parameter in others:
+                parameter.requires_grad_(False)
+            stack.callback(lambda: [parameter.requires_grad_(True) for parameter in others])
+        return stack
+
+    # ------------------------------------------------------------ validation and the end
+
+    def _averaged(self) -> ExitStack:
+        stack = ExitStack()
+        for turn in self.turns:
+            if turn.ema is not None:
+                stack.enter_context(turn.ema.applied())
+        return stack
+
+    def _evaluate(self) -> None:
+        self.log.flush()
+        assert self.evaluate is not None
+        with self._averaged(), torch.no_grad():
+            deployed = self.distiller.deployed().eval()
+            metrics = dict(self.evaluate(deployed))
+            self.distiller.train()
+            self._judge(metrics, deployed)
+        self.context.log(kind="eval", stage=self.name, step=self.step, epoch=self.epoch, metrics=metrics)
+        self.log.show_metrics(metrics)
+
+    def _judge(self, metrics: Mapping[str, float], deployed: nn.Module) -> None:
+        monitor = self.config.monitor
+        if monitor is None:
+            return
+        if monitor not in metrics:
+            raise InputError(f"train.monitor = '{monitor}': validation gives {', '.join(sorted(metrics))}")
+        value = metrics[monitor] if self.config.mode == "max" else -metrics[monitor]
+        if self.best is None or value > self.best[0]:
+            weights = None
+            if self.config.restore_best:
+                weights = {k: v.detach().cpu().clone() for k, v in deployed.state_dict().items()}
+            self.best, self.bad_evaluations = (value, weights), 0
+        else:
+            self.bad_evaluations += 1
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.bad_evaluations >= self.config.patience
+
+    def _finish(self) -> None:
+        for turn in self.turns:
+            if turn.ema is not None:
+                turn.ema.copy_to_module()
+        if self.best is not None and self.best[1] is not None:
+            self.distiller.deployed().load_state_dict(self.best[1])
+        self.accelerator.wait_for_everyone()
+
+    def last_good(self) -> Path | None:
+        return checkpoints.latest(self.folder)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _checkpoint(self) -> None:
+        self.log.flush()  # a non-finite loss must stop the run before it becomes a checkpoint
+        generators = gather_object([checkpoints.rng_state()])
+        if self.context.is_main:
+            best = self.best[1] if self.best is not None else None
+            saved = checkpoints.Checkpoint(self.step, self.distiller.checkpoint_state(), self._state(generators), best)
+            checkpoints.save(self.folder, saved, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self, generators: list[Any]) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "epoch": self.epoch,
+            "window": self.window,
+            "rng": generators,
+            "optimizers": {turn.player.name: turn.optimizer.state_dict() for turn in self.turns},
+            "schedules": {turn.player.name: turn.schedule.last_epoch for turn in self.turns},
+            "ema": {turn.player.name: turn.ema.state_dict() for turn in self.turns if turn.ema is not None},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "best": self.best[0] if self.best is not None else None,
+            "bad_evaluations": self.bad_evaluations,
+        }
+
+    def _resume(self) -> None:
+        path = broadcast_object_list([checkpoints.latest(self.folder)])[0]
+        if path is None:
+            return
+        saved = checkpoints.load(path)
+        state = saved.state
+        processes = self.accelerator.num_processes
+        if len(state["rng"]) != processes:
+            raise InputError(f"checkpoint {path}: written by {len(state['rng'])} processes, resumed with {processes}")
+        self.distiller.load_checkpoint_state(saved.model)
+        for turn in self.turns:
+            name = turn.player.name
+            turn.optimizer.load_state_dict(state["optimizers"][name])
+            turn.schedule.last_epoch = state["schedules"][name]
+            turn.schedule._last_lr = [group["lr"] for group in turn.optimizer.param_groups]
+            if turn.ema is not None:
+                turn.ema.load_state_dict(state["ema"][name])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["best"] is not None:
+            self.best = (state["best"], dict(saved.best) if saved.best is not None else None)
+        self.bad_evaluations = state["bad_evaluations"]
+        self.step, self.epoch, self.window = saved.step, state["epoch"], state["window"]
+        self.distiller.progress.step = self.step
+        self._rng = state["rng"][self.accelerator.process_index]
+        if self.window == self.steps_per_epoch:  # saved after the last window: its epoch's end is still to come
+            self._rng = None
+            checkpoints.set_rng_state(state["rng"][self.accelerator.process_index])
+        self._forget_lines_after(saved.step)
+        self.context.say(f"{self.name}: resumed at step {self.step} of {self.steps}")
+
+    def _forget_lines_after(self, step: int) -> None:
+        """Drops what a killed process logged beyond its last checkpoint."""
+        path = self.context.folder / "metrics.jsonl"
+        if not self.context.is_main or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut off by the kill
+            if record.get("stage") != self.name or record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept))
