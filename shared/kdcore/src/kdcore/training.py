@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     broadcast_object_list,
     gather_object,
     set_seed,
-    skip_first_batches,
 )
 from torch import Tensor, nn
 
@@ -217,6 +216,9 @@ class Loop:
             if len(window) == size:
                 yield window
                 window = []
+        if resumed is not None:  # saved after the last micro-batch of its epoch
+            checkpoints.set_rng_state(resumed)
+            self._rng = None
         if window:
             yield window
 
@@ -365,9 +367,6 @@ class Loop:
         self.step, self.epoch, self.window = saved.step, state["epoch"], state["window"]
         self.distiller.progress.step = self.step
         self._rng = state["rng"][self.accelerator.process_index]
-        if self.window == self.steps_per_epoch:  # saved after the last window: its epoch's end is still to come
-            self._rng = None
-            checkpoints.set_rng_state(state["rng"][self.accelerator.process_index])
         self._forget_lines_after(saved.step)
         self.context.say(f"{self.name}: resumed at step {self.step} of {self.steps}")
 

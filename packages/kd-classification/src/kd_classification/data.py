@@ -1,0 +1,244 @@
+"""Image classification data: embedded digits, plain files (IDX, npz), torchvision's sets and image folders.
+
+Every source becomes two or three `Images` data sets (train, test, validation) that give `Batch`es of normalised
+float32 images (B, C, H, W), int64 labels (B,) and sample indices (B,).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_classification.sources import SOURCES, Split
+from kdcore.config import Config
+from kdcore.data import seeded_loader
+from kdcore.errors import InputError, did_you_mean
+
+
+class Batch(NamedTuple):
+    """images (B, C, H, W) float, normalised; labels (B,) int64, or (B, K) probabilities after mixup; index (B,)."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+class AugmentConfig(Config):
+    """Training augmentation, by timm's `create_transform`, and its batch-level mixup."""
+
+    crop: Literal["none", "pad", "resized"] = Field("none", description="random crop: of the padded image, or resized")
+    padding: int = Field(4, ge=0, description="pixels of padding for crop: pad")
+    scale: tuple[float, float] = Field((0.08, 1.0), description="area share of crop: resized")
+    hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
+    vflip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
+    color_jitter: float = Field(0.0, ge=0, description="strength of the colour jitter")
+    auto_augment: str | None = Field(None, description="timm policy string, for example rand-m9-n2-mstd0.5")
+    erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 is off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 is off")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, with mixup or cutmix on")
+
+
+class DataConfig(Config):
+    """Where images come from and how they are split, resized and normalised."""
+
+    name: Literal["digits", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz"] = Field(
+        "digits", description="source; digits is embedded, the others read `root`"
+    )
+    root: str | None = Field(None, description="folder or file of the source; environment variables are expanded")
+    download: bool = Field(False, description="let torchvision download mnist and cifar")
+    image_size: int | None = Field(None, ge=4, description="side of the square image, pixels; None keeps the source's")
+    channels: Literal[1, 3] | None = Field(None, description="1 or 3; None keeps the source's")
+    per_class: int | None = Field(None, ge=1, description="training images kept of each class; None keeps all")
+    test_fraction: float = Field(0.5, gt=0, lt=1, description="share held out where the source has no test part")
+    validation: float = Field(0.0, ge=0, lt=1, description="share of the training images held out for validation")
+    mean: list[float] | None = Field(None, description="per-channel mean of [0, 1] images; None is the source's")
+    std: list[float] | None = Field(None, description="per-channel deviation; None is the source's")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+
+    @property
+    def folder(self) -> Path:
+        """`root` as a path, environment variables expanded."""
+        if self.root is None:
+            raise InputError(f"data.root: required for data.name = '{self.name}'")
+        expanded = os.path.expandvars(self.root)
+        if "$" in expanded:
+            raise InputError(f"data.root = '{self.root}': its environment variable is not set")
+        return Path(expanded).expanduser()
+
+
+class Images(Dataset[Any]):
+    """Labelled images with one preprocessing. In-memory sources without augmentation are read a batch at a time."""
+
+    def __init__(self, split: Split, labels: Tensor, transform: Any, normalise: tuple[Tensor, Tensor]):
+        self.split, self.labels, self.transform = split, labels, transform
+        self.mean, self.std = normalise
+        if transform is None:
+            self.__getitems__ = self._batch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        if self.transform is None:
+            images, labels, _ = self._batch([index])
+            return images[0], int(labels[0]), index
+        return self.transform(self.split.picture(index)), int(self.labels[index]), index
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices)
+        images = self.split.pixels(index).float().div_(255).sub_(self.mean).div_(self.std)
+        return Batch(images, self.labels[index], index)
+
+    def subset(self, indices: Tensor) -> Images:
+        """The images at `indices`, re-numbered from 0."""
+        return Images(self.split.subset(indices), self.labels[indices], self.transform, (self.mean, self.std))
+
+    def relabelled(self, labels: Tensor) -> Images:
+        """The same images under other labels (N,)."""
+        return Images(self.split, labels, self.transform, (self.mean, self.std))
+
+    def loader(self, batch_size: int, *, seed: int = 0, train: bool = False, num_workers: int = 0) -> DataLoader[Any]:
+        """Batches in a seeded random order without the incomplete last one (train), or all in order."""
+        size = min(batch_size, len(self)) if train else batch_size
+        return seeded_loader(
+            self, size, seed=seed, shuffle=train, drop_last=train, num_workers=num_workers, collate=collate
+        )
+
+
+def collate(items: Any) -> Batch:
+    """Items of `Images` as a Batch; a batch that was read whole passes through."""
+    if isinstance(items, Batch):
+        return items
+    images, labels, index = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a source. `validation` is None unless the config holds a share out."""
+
+    train: Images
+    test: Images
+    validation: Images | None
+    class_names: list[str]
+    config: DataConfig
+    image_size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def train_plain(self) -> Images:
+        """The training images under the test preprocessing: for statistics and cached teacher outputs."""
+        return Images(self.train.split, self.train.labels, self.test.transform, (self.test.mean, self.test.std))
+
+
+def load_data(config: DataConfig, seed: int = 0) -> Data:
+    """Reads, splits and prepares a source. Raises InputError that names the file or the field."""
+    source = SOURCES[config.name](config)
+    size = config.image_size or source.image_size
+    channels = config.channels or source.channels
+    mean, std = _statistics(config, source.mean, source.std, channels)
+    _check_labels(source.train, source.test, source.class_names)
+    generator = np.random.default_rng([seed, 17])
+    train, test = source.train, source.test
+    if test is None:
+        train, test = _stratified(train, config.test_fraction, np.random.default_rng(17))
+    validation = None
+    if config.validation:
+        train, validation = _stratified(train, config.validation, generator)
+    if config.per_class is not None:
+        train = _per_class(train, config.per_class, source.class_names, generator)
+    normalise = (torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
+    from kd_classification.transforms import evaluation_transform, training_transform
+
+    test_transform = None if test.in_memory else evaluation_transform(size, channels, mean, std)
+    train_transform = training_transform(config.augment, size, channels, mean, std) or test_transform
+
+    def images(split: Split, transform: Any) -> Images:
+        split = split.prepared(size, channels)
+        return Images(split, torch.as_tensor(split.labels), transform, normalise)
+
+    return Data(
+        images(train, train_transform),
+        images(test, test_transform),
+        None if validation is None else images(validation, test_transform),
+        source.class_names,
+        config,
+        size,
+        channels,
+        mean,
+        std,
+    )
+
+
+def _statistics(
+    config: DataConfig, mean: Sequence[float], std: Sequence[float], channels: int
+) -> tuple[list[float], list[float]]:
+    result = []
+    for name, given, default in (("mean", config.mean, mean), ("std", config.std, std)):
+        values = list(given if given is not None else default)
+        if len(values) == 1 or channels == 1:
+            values = [sum(values) / len(values)] * channels
+        if len(values) != channels:
+            raise InputError(f"data.{name} = {given}: {len(values)} values for {channels} channels")
+        if name == "std" and min(values) <= 0:
+            raise InputError(f"data.std = {given}: must be positive")
+        result.append(values)
+    return result[0], result[1]
+
+
+def _check_labels(train: Split, test: Split | None, class_names: Sequence[str]) -> None:
+    for part, split in (("training", train), ("test", test)):
+        if split is None:
+            continue
+        if len(split.labels) == 0:
+            raise InputError(f"data: the {part} part has no images")
+        low, high = int(split.labels.min()), int(split.labels.max())
+        if low < 0 or high >= len(class_names):
+            raise InputError(
+                f"data: label {low if low < 0 else high} in the {part} part is outside the "
+                f"{len(class_names)} classes (0 to {len(class_names) - 1})"
+            )
+
+
+def _stratified(split: Split, fraction: float, generator: np.random.Generator) -> tuple[Split, Split]:
+    """(rest, held out): the same share of every class."""
+    held = []
+    for label in np.unique(split.labels):
+        indices = generator.permutation(np.flatnonzero(split.labels == label))
+        held.append(indices[: max(1, round(fraction * len(indices)))])
+    mask = np.zeros(len(split.labels), dtype=bool)
+    mask[np.concatenate(held)] = True
+    return split.subset(torch.from_numpy(np.flatnonzero(~mask))), split.subset(torch.from_numpy(np.flatnonzero(mask)))
+
+
+def _per_class(split: Split, count: int, class_names: Sequence[str], generator: np.random.Generator) -> Split:
+    chosen = []
+    for label, name in enumerate(class_names):
+        indices = np.flatnonzero(split.labels == label)
+        if len(indices) < count:
+            raise InputError(f"data.per_class = {count}: class '{name}' has only {len(indices)} training images")
+        chosen.append(generator.permutation(indices)[:count])
+    return split.subset(torch.from_numpy(np.sort(np.concatenate(chosen))))
+
+
+def class_index(name: str, class_names: Sequence[str], field: str) -> int:
+    """Index of a class by name; InputError that names the config field and the nearest class."""
+    if name not in class_names:
+        raise InputError(f"{field}: no class '{name}'{did_you_mean(name, class_names)}")
+    return list(class_names).index(name)

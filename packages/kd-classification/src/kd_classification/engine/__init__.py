@@ -1,0 +1,1 @@
+"""What several methods of image classification share."""

@@ -1,0 +1,60 @@
+"""Evaluation of classifiers, by torchmetrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import (
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+
+from kd_classification.data import Images
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Images, *, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    """(logits (N, K), labels (N,)) of a data set, in its order, on the CPU."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits = [model(batch.images.to(device)).float().cpu() for batch in images.loader(batch_size)]
+    model.train(was_training)
+    return torch.cat(logits), images.labels
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """accuracy, balanced_accuracy, nll (nats) and ece (15 bins) of logits (N, K) against labels (N,)."""
+    classes = logits.shape[1]
+    confusion = multiclass_confusion_matrix(logits, labels, classes).double()
+    present = confusion.sum(1) > 0
+    recall = confusion.diagonal()[present] / confusion.sum(1)[present]
+    return {
+        "accuracy": float(confusion.diagonal().sum() / confusion.sum()),
+        "balanced_accuracy": float(recall.mean()),
+        "nll": float(torch.nn.functional.cross_entropy(logits.double(), labels)),
+        "ece": float(multiclass_calibration_error(logits, labels, classes, n_bins=15)),
+    }
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    """Counts, rows truth, columns prediction."""
+    return multiclass_confusion_matrix(logits, labels, logits.shape[1]).tolist()
+
+
+def agreement(left: Tensor, right: Tensor) -> float:
+    """Share of samples on which two logit tensors (N, K) have the same argmax."""
+    return float((left.argmax(1) == right.argmax(1)).double().mean())
+
+
+def prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def mean_std(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value)."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    return float(tensor.mean()), float(tensor.std()) if len(tensor) > 1 else 0.0
