@@ -157,7 +157,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
+    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.grads is None:
             raise RuntimeError("linear_divergence: backward a second time; the first needs retain_graph=True")
         # In place saves a second (V, d) tensor, but a kept graph may ask for the same gradients again.
@@ -179,7 +179,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
+    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         h_s, w_s, b_s, h_t, w_t, b_t = ctx.saved_tensors
         wanted = _Wanted(*ctx.needs_input_grad[:3])
         _, grads = _run(h_s, w_s, b_s, h_t, w_t, b_t, upstream[0], ctx.job, wanted)
