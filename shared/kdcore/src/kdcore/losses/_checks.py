@@ -1,7 +1,7 @@
 """Argument checks of the losses: one ValueError that names the argument, what was given and what is allowed.
 
 All checks read shapes, dtypes and Python numbers only, so none of them waits for a GPU. The one exception is the
-range of labels, which is checked for tensors that already live on the CPU.
+range of labels, which is checked for tensors that already live on the CPU (and not while torch.compile traces).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 REDUCTIONS = ("batchmean", "none")
@@ -78,7 +79,7 @@ def check_labels(labels: Tensor, logits: Tensor, *, of: str, classes: int | None
             f"labels has shape {tuple(labels.shape)} but {of} has {tuple(logits.shape)}; "
             f"it must be {tuple(logits.shape[:-1])}, one label a row"
         )
-    if classes is not None and labels.device.type == "cpu":
+    if classes is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels holds ids {low}..{high}; allowed: 0..{classes - 1}, the classes of {of}")
