@@ -42,12 +42,16 @@ def test_rkd_distance_by_loops():
     assert losses.rkd_distance(s, t).item() == pytest.approx(expected, abs=1e-13)
 
 
-def test_rkd_angle_by_loops():
+@pytest.mark.parametrize("coincident", [False, True])
+def test_rkd_angle_by_loops(coincident):
     s, t = normal(5, 3, seed=1).numpy(), normal(5, 4, seed=2).numpy()
+    if coincident:
+        s[1] = s[0]  # no direction between 0 and 1: cosine 0 there, and nothing from repeated indices
 
     def cosine(x, i, j, k):
         a, b = x[i] - x[j], x[k] - x[j]
-        return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+        norms = math.sqrt((a @ a) * (b @ b))
+        return float(a @ b / norms) if norms else 0.0
 
     triples = list(itertools.permutations(range(5), 3))
     expected = sum(huber(cosine(s, *m) - cosine(t, *m)) for m in triples) / len(triples)
