@@ -58,7 +58,9 @@ def figure(panel: Panel, steps: tuple[float, float], labels: Sequence[str], data
         curves = [line.weighted if mode == "weighted" and line.weighted else line.raw for line in panel.lines]
         thinned = [thin(curve) for curve in curves]
         plots += _plots([(line.run, curve) for line, curve in zip(panel.lines, thinned, strict=True)], steps, mode)
-        captions += f'<span data-term="{mode}">{_summary(panel, curves, labels)}</span>'
+        captions += (
+            f'<span class="block" data-term="{mode}">{_summary(panel, curves, labels)}{_log_note(curves)}</span>'
+        )
         for entry, curve in zip(lines, thinned, strict=True):
             entry[mode] = _points(curve)
     data.append({"lines": lines})
@@ -71,17 +73,23 @@ def figure(panel: Panel, steps: tuple[float, float], labels: Sequence[str], data
 
 
 def _plots(curves: Sequence[tuple[int, Curve]], steps: tuple[float, float], mode: str) -> str:
-    """The linear and the logarithmic drawing; where no value is positive, both are linear and the second says so."""
+    """The linear and the logarithmic drawing; both are linear where no value is positive."""
     x, plain = x_scale(*steps), [curve for _, curve in curves]
-    linear, log = linear_scale(plain), log_scale(plain)
-    linear_note = log_note = "" if any(len(curve.finite) for curve in plain) else "no finite value"
-    if log is None:
-        log_note = log_note or "linear: no value above 0"
-    elif any((curve.finite <= 0).any() for curve in plain):
-        log_note = "values of 0 or less are not shown"
-    return plot(curves, x, linear, f'data-term="{mode}" data-scale="linear"', linear_note) + plot(
-        curves, x, log or linear, f'data-term="{mode}" data-scale="log"', log_note
+    linear = linear_scale(plain)
+    return plot(curves, x, linear, f'data-term="{mode}" data-scale="linear"') + plot(
+        curves, x, log_scale(plain) or linear, f'data-term="{mode}" data-scale="log"'
     )
+
+
+def _log_note(curves: Sequence[Curve]) -> str:
+    """What the logarithmic drawing leaves out; shown with it."""
+    if log_scale(curves) is None:
+        text = "no value above 0: the axis stays linear"
+    elif any((curve.finite <= 0).any() for curve in curves):
+        text = "values of 0 or less are not shown"
+    else:
+        return ""
+    return f'<span class="block" data-scale="log">{text}</span>'
 
 
 def _summary(panel: Panel, curves: Sequence[Curve], labels: Sequence[str]) -> str:
@@ -96,7 +104,7 @@ def _summary(panel: Panel, curves: Sequence[Curve], labels: Sequence[str]) -> st
         f"{_last(curve)}</li>"
         for line, curve in zip(panel.lines, curves, strict=True)
     )
-    return f'last <ul class="last">{items}</ul>'
+    return f'<ul class="last"><li>last</li>{items}</ul>'
 
 
 def _last(curve: Curve) -> str:

@@ -84,7 +84,7 @@ def _figure(sample: Sample) -> str:
     rows = _row("teacher", sample.teacher, sample.truth) + _row("student", sample.student, sample.truth)
     return (
         f'<li class="sample{" disagree" if sample.disagrees else ""}">'
-        f'<img src="{sample.image}" alt="Input of class {esc(sample.truth)}" loading="lazy">'
+        f'<img src="{sample.image}" alt="Input of class {esc(sample.truth)}">'
         f'<dl><div class="truth"><dt>truth</dt><dd>{esc(sample.truth)} {badge}</dd></div>{rows}</dl></li>'
     )
 
@@ -94,7 +94,7 @@ def _row(role: str, guess: Guess | None, truth: str) -> str:
         return ""
     kind, sign, spoken = ("right", "✓", "correct") if guess.label == truth else ("wrong", "✗", "wrong")
     mark = f'<span class="{kind}" title="{spoken}" aria-hidden="true">{sign}</span><span class="sr">{spoken}: </span>'
-    return f"<div><dt>{role}</dt><dd>{_chance(guess.probability)}{mark} {esc(guess.label)}</dd></div>"
+    return f"<div><dt>{role}</dt><dd>{mark}<span>{esc(guess.label)}</span>{_chance(guess.probability)}</dd></div>"
 
 
 def _chance(probability: float | None) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcore.report.curves import Curve
-from kdcore.report.text import esc
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # report.js has the same margins
@@ -63,7 +62,8 @@ def log_scale(curves: Sequence[Curve]) -> Scale | None:
         return None
     low, high = float(values.min()), float(values.max())
     margin = 1.12 if high / low > 1.2 else 1.25
-    return Scale(max(low / margin, 5e-324), high * margin, HEIGHT - BOTTOM, TOP, log=True)
+    # the bounds keep denormal numbers from closing the range
+    return Scale(max(low / margin, 5e-324), max(high * margin, 1e-300), HEIGHT - BOTTOM, TOP, log=True)
 
 
 def _finite(curves: Sequence[Curve]) -> np.ndarray:
@@ -77,7 +77,7 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
     span = high - low
-    if not span > 0 or not math.isfinite(span):
+    if not 1e-300 < span < math.inf:
         return [low]
     unit = 10.0 ** math.floor(math.log10(span / count))
     step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= count + 0.5)
@@ -155,10 +155,9 @@ def _placed(ticks: Sequence[float], scale: Scale) -> list[tuple[float, float]]:
     return list(zip(ticks, scale(np.array(ticks, dtype=np.float64)).tolist(), strict=True))
 
 
-def plot(curves: Sequence[tuple[int, Curve]], x: Scale, y: Scale, attributes: str, note: str = "") -> str:
+def plot(curves: Sequence[tuple[int, Curve]], x: Scale, y: Scale, attributes: str) -> str:
     """One drawing of a chart: axes and a path per (colour index, curve)."""
     (x0, x1), (y0, y1) = x.bounds, y.bounds
     data = f'data-x0="{x0:.10g}" data-x1="{x1:.10g}" data-y0="{y0:.10g}" data-y1="{y1:.10g}" data-log="{int(y.log)}"'
     lines = "".join(f'<path class="line c{index % COLOURS}" d="{path(curve, x, y)}"/>' for index, curve in curves)
-    text = f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">{esc(note)}</text>' if note else ""
-    return f'<g class="plot" {attributes} {data}>{axes(x, y)}{lines}{text}</g>'
+    return f'<g class="plot" {attributes} {data}>{axes(x, y)}{lines}</g>'

@@ -84,7 +84,8 @@ def metrics_table(results: dict[str, Any]) -> str:
     if not rows:
         return "<p>metrics.json holds no metric.</p>"
     head = '<th scope="col">metric</th><th scope="col">teacher</th><th scope="col">student</th>'
-    table = f'<table class="metrics"><thead><tr>{head}<th scope="col">student − teacher</th></tr></thead>'
+    head += '<th scope="col" title="student minus teacher">difference</th>'
+    table = f'<table class="metrics"><thead><tr>{head}</tr></thead>'
     return scroll(f"{table}<tbody>{''.join(rows)}</tbody></table>", "Metrics")
 
 
