@@ -1,8 +1,8 @@
 """Sums over all N x N pairs of samples without an N x N tensor, forward or backward.
 
 A relation loss compares student and teacher pair by pair:  L = sum_{ij} l(R(s_i, s_j), R(t_i, t_j)). Rows i are taken
-in chunks; each chunk's terms are recomputed in backward (non-reentrant checkpoint), so that the values of one (chunk, N)
-block are alive at a time. The price is one more forward pass.
+in chunks; each chunk's terms are recomputed in backward (non-reentrant checkpoint), so that the values of one
+(chunk, N) block are alive at a time. The price is one more forward pass.
 
 `relation_mse` is the ready case: similarity-preserving distillation (Tung and Mori 2019, arXiv 1907.09682, eq. 4) is
 relation="dot", normalise="row"; the distance term of relational distillation (Park et al. 2019, arXiv 1904.05068, eq. 5
@@ -112,8 +112,8 @@ def relation_mse(
     Returns: a scalar. Raises: InputError for an unknown relation or normalisation, and on shapes.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    >>> relation_mse(x, torch.ones(2, 2), relation="cosine").item()
-    0.5
+    >>> relation_mse(x, torch.ones(2, 2), relation="dot").item()
+    2.5
     """
     if normalise not in NORMALISATIONS:
         raise InputError(f"normalise: given {normalise!r}{did_you_mean(str(normalise), NORMALISATIONS)}")

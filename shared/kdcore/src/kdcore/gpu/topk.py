@@ -1,0 +1,107 @@
+"""KL divergence to a teacher known by its k most probable outputs.
+
+p = softmax(t), q = softmax(z), K is the teacher's support, P = sum_K p, Q = sum_K q. All that is off K is one outcome:
+
+    D = sum_K p ln(p/q) + (1-P) ln((1-P)/(1-Q)),        0 <= D <= KL(p, q)        (data processing inequality)
+    dD/dz = q - p on K,  q (1 - (1-P)/(1-Q)) off K
+
+Dropping the second term instead gives something that can be negative and whose minimum is not p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcore.errors import InputError, did_you_mean
+
+NEVER = -1e4  # stands for ln 0: its exponential is 0 and 0 * NEVER is 0, not NaN
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most probable outputs of rows: ids (..., k) integers, logp (..., k), log_missing (...) = ln(1 - sum p)."""
+
+    ids: Tensor
+    logp: Tensor
+    log_missing: Tensor
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, k: int) -> TopK:
+        """Of logits (..., V) at temperature 1, in float32 (float64 stays); log_missing is -inf at k = V."""
+        if not 1 <= k <= logits.shape[-1]:
+            raise InputError(f"k: given {k}, allowed: 1 to the {logits.shape[-1]} outputs")
+        logits = _at_least_float32(logits)
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        values, ids = logits.topk(k, dim=-1)
+        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)  # summed directly: 1 - P would cancel
+        return cls(ids, values - normaliser, rest - normaliser.squeeze(-1))
+
+    def to(self, *args: Any, **kwargs: Any) -> TopK:
+        """`Tensor.to` of all three; a floating type leaves the ids alone."""
+        ids = self.ids.to(self.logp.to(*args, **kwargs).device)
+        return TopK(ids, self.logp.to(*args, **kwargs), self.log_missing.to(*args, **kwargs))
+
+
+def topk_kl(
+    student_logits: Tensor,
+    topk: TopK,
+    temperature: float = 1.0,
+    *,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    scale_by_tau2: bool = True,
+) -> Tensor:
+    """KL(p, q) over k + 1 outcomes, the teacher's support and one bucket for the rest (module docstring).
+
+    Args:
+        student_logits: (..., V). topk: ids and logp (..., k), log_missing (...), as the teacher gave them.
+        temperature: tau. The teacher's tail is known as one probability only, so tau acts on the k + 1 outcomes:
+            p_i^(1/tau) / sum_j p_j^(1/tau), the bucket included, on both sides. This is the tempered KL at k = V and a
+            divergence between the bucketed distributions (>= 0, 0 iff they agree) below it; it is not a bound of the
+            tempered full KL.
+        weights: (...) row weights; "mean" divides by their sum (0 where it is 0). reduction: "mean", "sum" or "none".
+        scale_by_tau2: multiply by tau^2.
+
+    Returns: a scalar, or (...) for "none"; float32, or float64 for float64 logits. The gradient reaches the student
+    alone. Raises: InputError on shapes and options.
+
+    >>> p, q = torch.tensor([[0.5, 0.3, 0.1, 0.1]]), torch.tensor([[0.6, 0.35, 0.03, 0.02]])
+    >>> round(topk_kl(q.log(), TopK.from_logits(p.log(), 2)).item(), 6)
+    0.139853
+    """
+    lead = student_logits.shape[:-1]
+    if topk.ids.shape[:-1] != lead or topk.logp.shape != topk.ids.shape or topk.log_missing.shape != lead:
+        given = f"{tuple(topk.ids.shape)}, {tuple(topk.logp.shape)} and {tuple(topk.log_missing.shape)}"
+        raise InputError(
+            f"topk: given ids, logp, log_missing of {given}, allowed: (..., k), (..., k) and {tuple(lead)}"
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"temperature: given {temperature}, allowed: a number > 0")
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f"reduction: given {reduction!r}{did_you_mean(str(reduction), ('mean', 'sum', 'none'))}")
+    z = _at_least_float32(student_logits)
+    ids = topk.ids.long()
+    # ln(1 - Q) from Q would cancel, and a tail wrong by 1e-7 is (1e-7)^(1/tau) at temperature tau: the rest is summed.
+    # The finite mask keeps the gradient of an empty rest (k = V) free of NaN.
+    rest = z.scatter(-1, ids, torch.finfo(z.dtype).min / 2).logsumexp(-1, keepdim=True)
+    lq = torch.cat([z.gather(-1, ids), rest], -1)
+    lp = torch.cat([topk.logp.to(z.dtype), topk.log_missing.to(z.dtype).unsqueeze(-1)], -1).detach()
+    # The first log_softmax also takes back the rounding of a cache in half precision: both sides sum to 1.
+    lq, lp = ((x.log_softmax(-1).clamp(min=NEVER) / temperature).log_softmax(-1) for x in (lq, lp))
+    rows = (lp.exp() * (lp - lq)).sum(-1)
+    if scale_by_tau2:
+        rows = rows * temperature**2
+    w = torch.ones_like(rows) if weights is None else weights.to(rows).expand_as(rows)
+    if reduction == "none":
+        return rows * w
+    total, mass = (rows * w).sum(), w.sum()
+    return total if reduction == "sum" else total / torch.where(mass == 0, 1.0, mass)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
