@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kdcore.report.curves import Curve, thin
+from kdcore.report.curves import thin
 from kdcore.report.images import png, shrink
+from kdcore.report.read import Curve
 from kdcore.report.svg import Scale, linear_scale, linear_ticks, log_scale, log_ticks, path, tick_label
 from kdcore.report.tables import best_of
 from kdcore.report.text import direction, metric, number, script_json

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from kdcore.report.read import Curve, Run, Term
 
+K = TypeVar("K")
 MAX_POINTS = 500
 _TITLES = {"total": "total (weighted sum)", "lr": "learning rate", "samples_per_second": "samples per second"}
 
@@ -121,6 +123,6 @@ def _weights(term: Term) -> list[float]:
     return (weighted[known] / raw[known]).tolist()
 
 
-def _union(groups: Iterable[Iterable]) -> list:
+def _union(groups: Iterable[Iterable[K]]) -> list[K]:
     """Keys in the order in which they first appear."""
     return list(dict.fromkeys(key for group in groups for key in group))

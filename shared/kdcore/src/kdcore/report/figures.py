@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcore.report.curves import Curve, Group, Panel, thin
+from kdcore.report.curves import Group, Panel, thin
+from kdcore.report.read import Curve
 from kdcore.report.svg import COLOURS, HEIGHT, WIDTH, linear_scale, log_scale, plot, x_scale
 from kdcore.report.text import esc, number
 

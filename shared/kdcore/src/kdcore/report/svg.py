@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcore.report.curves import Curve
+from kdcore.report.read import Curve
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # report.js has the same margins
@@ -99,7 +99,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         for factor in (1, 2, 5)
         if low <= factor * 10.0**power <= high
     ]
-    return ticks if len(ticks) >= 2 else [tick for tick in linear_ticks(low, high, 4) if tick > 0]
+    return ticks if len(ticks) >= 2 else [tick for tick in linear_ticks(low, high) if tick > 0]
 
 
 def tick_label(value: float) -> str:
