@@ -46,6 +46,8 @@ def make_accelerator(
     train: TrainConfig, *, cpu: bool = False, seed: int = 0, folder: Path | None = None
 ) -> Accelerator:
     """The accelerator of a run: batch sizes are totals, data order is seeded, unused parameters are allowed."""
+    # Without an accelerator, `cpu` is what makes accelerate form a gloo group instead of unrelated processes.
+    cpu = cpu or not torch.accelerator.is_available()
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
     return Accelerator(
         mixed_precision=precision,
