@@ -1,0 +1,271 @@
+"""Memory and time of head + divergence, forward and backward: kdcore against full logits and named peers, on CPU.
+
+Contenders, all from hidden states and heads in float32, mean over the tokens, gradients for the student's states and head:
+
+    kdcore             kdcore.gpu.linear_divergence, default chunk
+    naive              full logits of both models, torch.nn.functional.kl_div (or the definition of js)
+    torchtune          the formulation of torchtune's ForwardKLLoss: softmax of all teacher logits, log-softmax of all
+                       student logits, their product summed over the vocabulary
+    torchtune-chunked  the same over 8 chunks of existing logits (its ForwardKLWithChunkedOutputLoss)
+    liger              liger_kernel.chunked_loss.LigerFusedLinearJSDLoss without its label term, its default chunk of 1024
+                       tokens, not compiled; liger-128 with 128 tokens, about kdcore's chunk; liger-compiled with --compile
+
+Peak memory: a subprocess per contender builds the inputs, runs a small problem once (libraries allocate their buffers),
+resets the kernel's high-water mark of resident memory (Linux, /proc/self/clear_refs) and runs once: VmHWM - VmRSS before.
+It includes the gradients, which every contender must produce. Time: one process, contenders interleaved, median of the
+repeats after one warm-up each. Liger runs where `liger-kernel` is importable; else the reason is printed.
+
+    python tools/bench/linear_divergence.py --output runs/bench/linear_divergence.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+MIB = 2**20
+CONTENDERS = {
+    "forward": ["kdcore", "naive", "torchtune", "torchtune-chunked"],
+    "js": ["kdcore", "naive", "liger", "liger-128"],
+}
+
+
+def make_inputs(tokens: int, hidden: int, vocab: int):
+    """Student states and head (with gradients), teacher states and head; filled in place, so no hidden peak."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    h_s, w_s, h_t, w_t = (torch.empty(n, hidden) for n in (tokens, vocab, tokens, vocab))
+    for x, std in ((h_s, 1.0), (w_s, 2 / hidden**0.5), (h_t, 1.0), (w_t, 2 / hidden**0.5)):
+        x.normal_(0.0, std, generator=generator)
+    return h_s.requires_grad_(), w_s.requires_grad_(), h_t, w_t
+
+
+def naive(kind, h_s, w_s, h_t, w_t):
+    import torch
+    import torch.nn.functional as F
+
+    z = h_s @ w_s.t()
+    with torch.no_grad():
+        t = h_t @ w_t.t()
+    if kind == "forward":
+        return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+    lq, lp = z.log_softmax(-1), t.log_softmax(-1)
+    lm = torch.logsumexp(torch.stack([lq, lp]), 0) - 0.6931471805599453
+    both = F.kl_div(lm, lp, reduction="batchmean", log_target=True) + F.kl_div(
+        lm, lq, reduction="batchmean", log_target=True
+    )
+    return both / 2
+
+
+def torchtune_forward(h_s, w_s, h_t, w_t, chunks: int):
+    import torch
+
+    z = h_s @ w_s.t()
+    with torch.no_grad():
+        t = h_t @ w_t.t()
+    total = 0.0
+    for z_part, t_part in zip(z.chunk(chunks), t.chunk(chunks)):
+        p = t_part.softmax(-1, dtype=torch.float32)
+        log_q = z_part.log_softmax(-1, dtype=torch.float32)
+        total = total - (p * log_q).sum(-1).sum()
+    return total / len(h_s)  # the cross-entropy: the teacher's entropy, a constant, is left out there too
+
+
+def liger(h_s, w_s, h_t, w_t, chunk: int, compiled: bool):
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=compiled, chunk_size=chunk)
+    return loss(h_s, w_s, h_t, w_t, torch.zeros(len(h_s), dtype=torch.long))
+
+
+def loss_of(contender: str, kind: str, inputs):
+    if contender == "kdcore":
+        from kdcore.gpu.linear_divergence import linear_divergence
+
+        return linear_divergence(*inputs, kind=kind)
+    if contender == "naive":
+        return naive(kind, *inputs)
+    if contender.startswith("torchtune"):
+        return torchtune_forward(*inputs, chunks=8 if contender.endswith("chunked") else 1)
+    return liger(*inputs, chunk=128 if contender == "liger-128" else 1024, compiled=contender == "liger-compiled")
+
+
+def step(contender: str, kind: str, inputs) -> tuple[float, float]:
+    """Seconds of forward and backward, and the loss."""
+    for x in inputs:
+        x.grad = None
+    start = time.perf_counter()
+    loss = loss_of(contender, kind, inputs)
+    loss.backward()
+    return time.perf_counter() - start, loss.item()
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status: no field {field}")
+
+
+def measure_memory(contender: str, kind: str, tokens: int, hidden: int, vocab: int) -> int:
+    """Extra peak bytes of one step in this process."""
+    step(contender, kind, make_inputs(16, hidden, 256))
+    inputs = make_inputs(tokens, hidden, vocab)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step(contender, kind, inputs)
+    return resident("VmHWM") - before
+
+
+def in_subprocess(arguments: argparse.Namespace, contender: str, kind: str, vocab: int) -> int:
+    command = [sys.executable, __file__, "--child", contender, kind, str(vocab)]
+    command += ["--tokens", str(arguments.tokens), "--hidden", str(arguments.hidden)]
+    command += ["--threads", str(arguments.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{contender} {kind} {vocab}: {done.stderr.strip()[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def liger_missing() -> str | None:
+    """Why Liger's loss cannot run here, None if it can."""
+    try:
+        value = step("liger", "js", make_inputs(8, 4, 16))[1]
+    except Exception as error:  # a library absent, or one that wants a GPU: the reason goes into the table
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None if value == value else "NaN loss"
+
+
+def measure(arguments: argparse.Namespace, kind: str, vocab: int, contenders: list[str]) -> list[dict]:
+    inputs = make_inputs(arguments.tokens, arguments.hidden, vocab)
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    losses = {}
+    for repeat in range(arguments.repeats + 1):
+        for contender in contenders:
+            elapsed, losses[contender] = step(contender, kind, inputs)
+            if repeat:
+                seconds[contender].append(elapsed)
+    del inputs
+    rows = []
+    for contender in contenders:
+        peak = in_subprocess(arguments, contender, kind, vocab)
+        rows.append(
+            {
+                "kind": kind,
+                "vocab": vocab,
+                "contender": contender,
+                "seconds": seconds[contender],
+                "median_seconds": statistics.median(seconds[contender]),
+                "peak_extra_mib": peak / MIB,
+                "loss": losses[contender],
+            }
+        )
+    ours = rows[0]
+    for row in rows:
+        row["memory_over_kdcore"] = row["peak_extra_mib"] / ours["peak_extra_mib"]
+        row["time_over_kdcore"] = row["median_seconds"] / ours["median_seconds"]
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        f"{'divergence':10} {'vocab':>7} {'contender':18} {'peak MiB':>9} {'x kdcore':>9} {'s':>7} {'x kdcore':>9} {'loss':>9}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['kind']:10} {row['vocab']:7d} {row['contender']:18} {row['peak_extra_mib']:9.0f} "
+            f"{row['memory_over_kdcore']:9.2f} {row['median_seconds']:7.2f} {row['time_over_kdcore']:9.2f} {row['loss']:9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="N (default %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="d of student and teacher (default %(default)s)")
+    parser.add_argument(
+        "--vocab", type=int, nargs="+", default=[32768, 131072], help="vocabularies (default %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="timed repeats after one warm-up (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="time Liger's torch.compile variant too")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/linear_divergence.json"), help="JSON file")
+    parser.add_argument("--child", nargs=3, metavar=("CONTENDER", "KIND", "VOCAB"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        contender, kind, vocab = arguments.child
+        print(measure_memory(contender, kind, arguments.tokens, arguments.hidden, int(vocab)))
+        return
+    missing = liger_missing()
+    if missing:
+        print(f"liger: left out, {missing}")
+    rows = []
+    for vocab in arguments.vocab:
+        for kind, names in CONTENDERS.items():
+            names = [n for n in names if not (missing and n.startswith("liger"))]
+            if kind == "js" and arguments.compile and not missing:
+                names = [*names, "liger-compiled"]
+            rows += measure(arguments, kind, vocab, names)
+            print(table(rows[-len(names) :]), flush=True)
+    report(arguments, rows, missing)
+
+
+def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None) -> None:
+    """The goal's two lines, and the JSON file."""
+    import torch
+
+    for row in rows:
+        if row["contender"] == "naive" and row["vocab"] == max(arguments.vocab):
+            met = row["memory_over_kdcore"] >= 8 and row["time_over_kdcore"] >= 1
+            print(
+                f"{row['kind']} at {row['vocab']}: full logits take {row['memory_over_kdcore']:.1f} x the extra peak memory and "
+                f"{row['time_over_kdcore']:.2f} x the time of kdcore; goal (8 x, 1 x): {'met' if met else 'MISSED'}"
+            )
+    try:
+        liger_version = version("liger-kernel")
+    except PackageNotFoundError:
+        liger_version = None
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("child", "output")}
+    result = {
+        "settings": settings,
+        "environment": {
+            "torch": torch.__version__,
+            "liger-kernel": liger_version,
+            "liger_left_out": missing,
+            "processor": processor(),
+            "python": platform.python_version(),
+        },
+        "memory": "VmHWM after a reset minus VmRSS before the step, own process per contender",
+        "rows": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {arguments.output}")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
