@@ -7,10 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
 
 from kd_classification.data import Images
 
@@ -28,6 +24,8 @@ def predict(model: nn.Module, images: Images, *, batch_size: int = 512) -> tuple
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """accuracy, balanced_accuracy, nll (nats) and ece (15 bins) of logits (N, K) against labels (N,)."""
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
     classes = logits.shape[1]
     confusion = multiclass_confusion_matrix(logits, labels, classes).double()
     present = confusion.sum(1) > 0
@@ -42,6 +40,8 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> list[list[int]]:
     """Counts, rows truth, columns prediction."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     return multiclass_confusion_matrix(logits, labels, logits.shape[1]).tolist()
 
 
