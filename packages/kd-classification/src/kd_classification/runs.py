@@ -233,9 +233,9 @@ def evaluate(config: Run, artefacts: Artefacts, *, data: Data | None = None) -> 
     return {**result, "confusion_matrix": m.confusion_matrix(logits, labels), "class_names": data.class_names}
 
 
-def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
+def predict(config: Run, artefacts: Artefacts, count: int, *, data: Data | None = None) -> list[dict[str, Any]]:
     """Test images with truth, teacher's and student's answer for the report; half of them disagreements if any."""
-    data = load_data(config.data, config.seed)
+    data = data or load_data(config.data, config.seed)
     networks = {"student": load_model(artefacts["student"])}
     if "teacher" in artefacts:
         networks["teacher"] = load_teacher(config, data, artefacts["teacher"])
@@ -261,11 +261,11 @@ def _picture(images: Images, index: int) -> Any:
     return pixels.squeeze(-1).numpy()
 
 
-def write_cache(config: Run, folder: Path) -> dict[str, Any]:
+def write_cache(config: Run, folder: Path, *, data: Data | None = None) -> dict[str, Any]:
     """`kd cache`: the teacher's logits on the training images, for `teacher.cache`."""
     from kdcore.gpu import TeacherCache
 
-    data = load_data(config.data, config.seed)
+    data = data or load_data(config.data, config.seed)
     if config.teacher.train is not None:
         raise InputError("teacher.train: `kd cache` needs a teacher with weights; give teacher.checkpoint")
     teacher = adapted(create_model(config.teacher, data, field="teacher"), data, config.teacher).eval()
