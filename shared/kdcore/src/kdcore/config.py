@@ -187,6 +187,22 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def config_difference(before: Config, after: Config, *, ignore: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first field that differs, or None. `ignore` names top-level fields."""
+    values = [{k: v for k, v in c.model_dump(mode="json").items() if k not in ignore} for c in (before, after)]
+    return _difference(values[0], values[1], "")
+
+
+def _difference(before: Any, after: Any, name: str) -> tuple[str, Any, Any] | None:
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return None if before == after else (name, before, after)
+    for key in {**after, **before}:
+        found = _difference(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+        if found is not None:
+            return found
+    return None
+
+
 # ---------------------------------------------------------------- validation messages
 
 
