@@ -49,6 +49,14 @@ class ScheduleConfig(Config):
     gamma: float = Field(0.1, gt=0, le=1, description="factor of multistep")
     min_ratio: float = Field(0.0, ge=0, le=1, description="final lr / base lr of cosine and linear")
     unit: Literal["step", "epoch"] = Field("step", description="whether the rate changes every step or every epoch")
+    hold_epoch: float | None = Field(None, ge=0, description="epoch from which every rate is hold_lr (averaging)")
+    hold_lr: float | None = Field(None, gt=0, description="the rate from hold_epoch on, the same for all groups")
+
+    @model_validator(mode="after")
+    def _holds_a_rate(self) -> ScheduleConfig:
+        if (self.hold_epoch is None) != (self.hold_lr is None):
+            raise ValueError("hold_epoch and hold_lr go together: give both or neither")
+        return self
 
 
 class EMAConfig(Config):

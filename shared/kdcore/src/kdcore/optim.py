@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,13 +39,16 @@ def _groups(player: Player) -> list[dict[str, Any]]:
     return [{"params": [p for p in player.module.parameters() if p.requires_grad]}]
 
 
-def schedule_factor(config: ScheduleConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+def schedule_factor(config: ScheduleConfig, step: int, steps: int, steps_per_epoch: int, base_lr: float = 1.0) -> float:
     """Factor on the base rate at optimiser step `step` (from 0) of `steps`.
 
     Warm-up over W units: (u + 1) / W for u < W. Then, with r = (u - W) / (U - W):
     cosine m + (1 - m)(1 + cos(pi r)) / 2, linear m + (1 - m)(1 - r), multistep gamma^(milestones passed).
     u counts steps, or epochs with `unit: epoch`; U is the whole budget in the same unit; m is `min_ratio`.
+    From `hold_epoch` on the factor is hold_lr / base_lr, with `base_lr` the rate of the parameter group.
     """
+    if config.hold_epoch is not None and config.hold_lr is not None and step >= config.hold_epoch * steps_per_epoch:
+        return config.hold_lr / base_lr
     per_unit = steps_per_epoch if config.unit == "epoch" else 1
     unit, units = step // per_unit, max(1, math.ceil(steps / per_unit))
     scale = steps_per_epoch / per_unit  # units in an epoch
@@ -67,4 +71,8 @@ def make_schedule(
 ) -> LambdaLR:
     """The schedule over the player's own optimiser steps, stretched to the run's budget by `every`."""
     config = player.schedule or train.schedule
-    return LambdaLR(optimizer, lambda own: schedule_factor(config, own * player.every, steps, steps_per_epoch))
+
+    def factor(base_lr: float) -> Callable[[int], float]:
+        return lambda own: schedule_factor(config, own * player.every, steps, steps_per_epoch, base_lr)
+
+    return LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
