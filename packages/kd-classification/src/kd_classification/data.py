@@ -7,8 +7,8 @@ float32 images (B, C, H, W), int64 labels (B,) and sample indices (B,).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd_classification.sources import SOURCES, Split
+from kd_classification.sources import SOURCES, Source, Split
 from kdcore.config import Config
 from kdcore.data import seeded_loader
 from kdcore.errors import InputError, did_you_mean
@@ -33,29 +33,64 @@ class Batch(NamedTuple):
 
 
 class AugmentConfig(Config):
-    """Training augmentation, by timm's `create_transform`, and its batch-level mixup."""
+    """Training augmentation, by timm's `create_transform`, and its batch-level mixup.
 
-    crop: Literal["none", "pad", "resized"] = Field("none", description="random crop: of the padded image, or resized")
-    padding: int = Field(4, ge=0, description="pixels of padding for crop: pad")
+    With a field from `operations` on set, torchvision's transforms are used instead, in this order: crop, operations,
+    rotation, shear and zoom, colour jitter, flips, blur, posterize, erasing.
+    """
+
+    crop: Literal["none", "pad", "resized", "margin"] = Field(
+        "none", description="random crop: of the padded image, resized, or of the image squashed to a size + padding"
+    )
+    padding: int = Field(4, ge=0, description="pixels of padding for crop: pad and margin")
     scale: tuple[float, float] = Field((0.08, 1.0), description="area share of crop: resized")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     vflip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
-    color_jitter: float = Field(0.0, ge=0, description="strength of the colour jitter")
+    color_jitter: float | list[float] = Field(
+        0.0, description="strength of the colour jitter, or brightness, contrast, saturation and optionally hue"
+    )
     auto_augment: str | None = Field(None, description="timm policy string, for example rand-m9-n2-mstd0.5")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
+    erasing_area: tuple[float, float] = Field((0.02, 1 / 3), description="area share that erasing takes")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 is off")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 is off")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, with mixup or cutmix on")
+    operations: list[Literal["brightness", "contrast", "saturation", "sharpness", "rotate", "translate"]] = Field(
+        default_factory=list, description="operations that are drawn from, each image by a number of its own"
+    )
+    operations_drawn: int = Field(2, ge=1, description="N, different operations for each image")
+    magnitude: float = Field(9.0, ge=0, le=30, description="M: colour factors 1 +- M/30, translation M % of the side")
+    operation_angle: float = Field(30.0, ge=0, description="degrees of `rotate` at M = 30")
+    rotation: float = Field(0.0, ge=0, le=180, description="random rotation up to +- this, degrees")
+    shear: float = Field(0.0, ge=0, lt=90, description="random horizontal shear up to +- this, degrees")
+    zoom: tuple[float, float] = Field((1.0, 1.0), description="range of the random scale factor")
+    blur: float = Field(0.0, ge=0, le=1, description="probability of a 3x3 Gaussian blur")
+    posterize: float = Field(0.0, ge=0, le=1, description="probability of keeping 4 bits of each channel")
+
+
+class TableConfig(Config):
+    """A CSV file with a header: one row an image."""
+
+    file: str = Field(description="CSV file, relative to data.root; environment variables are expanded")
+    image: str = Field("image", description="column of the image path, relative to data.root")
+    label: str = Field("label", description="column of the class name")
+    group: str | None = Field("patient", description="column of the patient; None: every image stands alone")
+    equal: tuple[str, str] | None = Field(None, description="two columns; only rows where they agree are kept")
+    classes: list[str] | None = Field(None, description="class names in order; None: those found, sorted")
 
 
 class DataConfig(Config):
     """Where images come from and how they are split, resized and normalised."""
 
-    name: Literal["digits", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz"] = Field(
-        "digits", description="source; digits is embedded, the others read `root`"
+    name: Literal["digits", "textures", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz", "csv"] = Field(
+        "digits", description="source; digits and textures are embedded, the others read `root`"
     )
     root: str | None = Field(None, description="folder or file of the source; environment variables are expanded")
+    table: TableConfig | None = Field(None, description="the table of name: csv; its image paths start at root")
     download: bool = Field(False, description="let torchvision download mnist and cifar")
+    resize: Literal["crop", "squash"] = Field(
+        "crop", description="image files: shorter side and centre crop, or both sides regardless of the aspect ratio"
+    )
     image_size: int | None = Field(None, ge=4, description="side of the square image, pixels; None keeps the source's")
     channels: Literal[1, 3] | None = Field(None, description="1 or 3; None keeps the source's")
     per_class: int | None = Field(None, ge=1, description="training images kept of each class; None keeps all")
@@ -141,33 +176,51 @@ class Data:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def augmented(self, augment: AugmentConfig) -> Data:
+        """The same splits under another training augmentation."""
+        from kd_classification.transforms import training_transform
+
+        transform = training_transform(augment, self.image_size, self.channels, self.mean, self.std, self.config.resize)
+        plain = self.train_plain
+        train = plain if transform is None else Images(plain.split, plain.labels, transform, (plain.mean, plain.std))
+        return replace(self, train=train, config=self.config.model_copy(update={"augment": augment}))
+
     @property
     def train_plain(self) -> Images:
         """The training images under the test preprocessing: for statistics and cached teacher outputs."""
         return Images(self.train.split, self.train.labels, self.test.transform, (self.test.mean, self.test.std))
 
 
-def load_data(config: DataConfig, seed: int = 0) -> Data:
-    """Reads, splits and prepares a source. Raises InputError that names the file or the field."""
+Parts = tuple[Split, Split, Split | None]
+"""Training, test and validation part of a source."""
+
+
+def load_data(config: DataConfig, seed: int = 0, *, parts: Callable[[Source], Parts] | None = None) -> Data:
+    """Reads, splits and prepares a source. Raises InputError that names the file or the field.
+
+    `parts` replaces the split by `test_fraction` and `validation`. Images of one group always stay together.
+    """
     source = SOURCES[config.name](config)
     size = config.image_size or source.image_size
     channels = config.channels or source.channels
     mean, std = _statistics(config, source.mean, source.std, channels)
     _check_labels(source.train, source.test, source.class_names)
     generator = np.random.default_rng([seed, 17])
-    train, test = source.train, source.test
-    if test is None:
-        train, test = _stratified(train, config.test_fraction, np.random.default_rng(17))
-    validation = None
-    if config.validation:
-        train, validation = _stratified(train, config.validation, generator)
+    train, test, validation = source.train, source.test, None
+    if parts is not None:
+        train, test, validation = parts(source)
+    else:
+        if test is None:
+            train, test = _stratified(train, config.test_fraction, np.random.default_rng(17))
+        if config.validation:
+            train, validation = _stratified(train, config.validation, generator)
     if config.per_class is not None:
         train = _per_class(train, config.per_class, source.class_names, generator)
     normalise = (torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
     from kd_classification.transforms import evaluation_transform, training_transform
 
-    test_transform = None if test.in_memory else evaluation_transform(size, channels, mean, std)
-    train_transform = training_transform(config.augment, size, channels, mean, std) or test_transform
+    test_transform = None if test.in_memory else evaluation_transform(size, channels, mean, std, config.resize)
+    train_transform = training_transform(config.augment, size, channels, mean, std, config.resize) or test_transform
 
     def images(split: Split, transform: Any) -> Images:
         split = split.prepared(size, channels)
@@ -217,14 +270,24 @@ def _check_labels(train: Split, test: Split | None, class_names: Sequence[str]) 
 
 
 def _stratified(split: Split, fraction: float, generator: np.random.Generator) -> tuple[Split, Split]:
-    """(rest, held out): the same share of every class."""
+    """(rest, held out): the same share of every class; of the groups of every class where there are groups."""
+    labels, member = split.labels, np.arange(len(split.labels))
+    if split.groups is not None:
+        _, labels, member = group_labels(split.groups, split.labels)
     held = []
-    for label in np.unique(split.labels):
-        indices = generator.permutation(np.flatnonzero(split.labels == label))
+    for label in np.unique(labels):
+        indices = generator.permutation(np.flatnonzero(labels == label))
         held.append(indices[: max(1, round(fraction * len(indices)))])
-    mask = np.zeros(len(split.labels), dtype=bool)
-    mask[np.concatenate(held)] = True
+    mask = np.isin(member, np.concatenate(held))
     return split.subset(torch.from_numpy(np.flatnonzero(~mask))), split.subset(torch.from_numpy(np.flatnonzero(mask)))
+
+
+def group_labels(groups: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(names (G,) sorted, the most frequent label of each (G,), the group of each image (N,)); ties: lowest label."""
+    names, member = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1), dtype=np.int64)
+    np.add.at(counts, (member, labels), 1)
+    return names, counts.argmax(1), member
 
 
 def _per_class(split: Split, count: int, class_names: Sequence[str], generator: np.random.Generator) -> Split:

@@ -27,12 +27,16 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 
 @dataclass
 class Split:
-    """Images in memory, uint8 (N, C, H, W), or as paths; with int64 labels (N,)."""
+    """Images in memory, uint8 (N, C, H, W), or as paths; with int64 labels (N,).
+
+    `groups` (N,) of str, where the source knows them: images of one group (a patient) must not be torn apart.
+    """
 
     labels: np.ndarray
     images: Tensor | None = None
     paths: list[Path] = field(default_factory=list)
     channels: int = 3
+    groups: np.ndarray | None = None
 
     @property
     def in_memory(self) -> bool:
@@ -59,19 +63,20 @@ class Split:
     def subset(self, indices: Tensor) -> Split:
         images = None if self.images is None else self.images[indices]
         paths = [self.paths[i] for i in indices.tolist()] if self.paths else []
-        return Split(self.labels[indices.numpy()], images, paths, self.channels)
+        groups = None if self.groups is None else self.groups[indices.numpy()]
+        return Split(self.labels[indices.numpy()], images, paths, self.channels, groups)
 
     def prepared(self, size: int, channels: int) -> Split:
         """In-memory images at the wanted size and channel count; paths are resized when they are read."""
         if self.images is None:
-            return Split(self.labels, None, self.paths, channels)
+            return Split(self.labels, None, self.paths, channels, self.groups)
         images = self.images
         if images.shape[-2:] != (size, size):
             resized = interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
             images = resized.round_().clamp_(0, 255).byte()
         if images.shape[1] != channels:
             images = images.expand(-1, 3, -1, -1) if channels == 3 else images.float().mean(1, True).round().byte()
-        return Split(self.labels, images.contiguous(), [], channels)
+        return Split(self.labels, images.contiguous(), [], channels, self.groups)
 
 
 @dataclass
@@ -256,10 +261,23 @@ def _check_readable(paths: Sequence[Path], most: int = 20_000) -> None:
             raise InputError(f"image {path}: cannot be read ({error})") from None
 
 
+def _grouped(name: str) -> Callable[[DataConfig], Source]:
+    """The sources that know groups of images, in `kd_classification.grouped`."""
+
+    def read(config: DataConfig) -> Source:
+        from kd_classification import grouped
+
+        return getattr(grouped, name)(config)
+
+    return read
+
+
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "digits": digits,
     "idx": idx,
     "npz": npz,
     "image_folder": image_folder,
+    "csv": _grouped("csv_table"),
+    "textures": _grouped("textures"),
     **{name: _torchvision(name) for name in ("mnist", "cifar10", "cifar100")},
 }
