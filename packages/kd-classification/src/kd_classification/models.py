@@ -138,15 +138,24 @@ class Adapted(nn.Module):
     Keeps timm's `forward_features` / `forward_head`, so that feature methods see through it.
     """
 
-    def __init__(self, model: nn.Module, data: Data, config: ModelConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        own_mean: Sequence[float] | None = None,
+        own_std: Sequence[float] | None = None,
+        size: int | None = None,
+    ):
         super().__init__()
-        self.model, self.size = model, config.input_size
-        shape = (1, -1, 1, 1)
-        mean, std = torch.tensor(data.mean).view(shape), torch.tensor(data.std).view(shape)
-        own_mean = torch.tensor(config.mean or data.mean).view(shape)
-        own_std = torch.tensor(config.std or data.std).view(shape)
-        self.register_buffer("scale", std / own_std, persistent=False)
-        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        self.model, self.size = model, size
+        given_mean, given_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        wanted_mean, wanted_std = (
+            torch.tensor(values).view(1, -1, 1, 1) for values in (own_mean or mean, own_std or std)
+        )
+        self.register_buffer("scale", given_std / wanted_std, persistent=False)
+        self.register_buffer("shift", (given_mean - wanted_mean) / wanted_std, persistent=False)
 
     def adapt(self, images: Tensor) -> Tensor:
         """Images in the other model's normalisation and size -> in this model's."""
@@ -173,7 +182,7 @@ def adapted(model: nn.Module, data: Data, config: ModelConfig, *, field: str = "
     same = (config.mean or data.mean) == data.mean and (config.std or data.std) == data.std
     if same and config.input_size in (None, data.image_size):
         return model
-    return Adapted(model, data, config)
+    return Adapted(model, data.mean, data.std, own_mean=config.mean, own_std=config.std, size=config.input_size)
 
 
 def penultimate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
