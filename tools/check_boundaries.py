@@ -30,6 +30,8 @@ QUICK = ("kdcore", "kdcore.errors", "kdcore.method", "kdcore.cli")
 SLOW_LIBRARIES = {"torch", "accelerate", "numpy", "safetensors"}
 # Cheap beside torch, which every module of a domain package but its __init__ may load.
 LIGHT = CORE_LIBRARIES | {"PIL"}
+# Parts of a declared library that have import names of their own.
+PARTS = {"annotated_types": "pydantic", "pydantic_core": "pydantic"}
 IMPORT_NAMES = {
     "opencv-python": "cv2",
     "pillow": "PIL",
@@ -51,7 +53,8 @@ class Import:
 
     @property
     def library(self) -> str:
-        return self.target.split(".")[0]
+        name = self.target.split(".")[0]
+        return PARTS.get(name, name)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,153 @@
+"""Every package imports cheaply, every registered method loads, and every config that ships is valid."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from kdcore.config import read_yaml
+from kdcore.method import GROUP, arm_config, card, get, installed, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECTS = {
+    file.parent.name: tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    for file in sorted([*ROOT.glob("shared/*/pyproject.toml"), *ROOT.glob("packages/*/pyproject.toml")])
+}
+REGISTERED = {
+    key: value for project in PROJECTS.values() for key, value in project.get("entry-points", {}).get(GROUP, {}).items()
+}
+CONFIGS = sorted(ROOT.glob("packages/*/src/*/configs/*/*"))
+DOMAINS = ("classification", "detection3d", "segmentation", "graph", "nerf", "diffusion", "llm")
+
+
+def test_the_workspace_has_kdcore_and_seven_domains():
+    assert set(PROJECTS) == {"kdcore", *(f"kd-{domain}" for domain in DOMAINS)}
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_package_imports_and_tells_its_version(name):
+    project, module = PROJECTS[name], importlib.import_module(name.replace("-", "_"))
+    assert module.__version__ == project["version"] == version(name)
+    assert module.__doc__
+    if name != "kdcore":
+        assert importlib.import_module(f"{module.__name__}.methods").__doc__
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_project_files_agree(name):
+    project, (folder,) = PROJECTS[name], [*ROOT.glob(f"*/{name}")]
+    assert project["name"] == name
+    assert project["license"] == "Apache-2.0"
+    assert project["requires-python"] == ">=3.11"
+    assert (folder / project["readme"]).read_text(encoding="utf-8").startswith(f"# {name}\n")
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys, json\nprint(json.dumps([name for name in sys.modules if '.' not in name]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_packages_and_the_command_loads_no_torch():
+    modules = ", ".join(
+        [*(name.replace("-", "_") for name in PROJECTS), "kdcore.method", "kdcore.errors", "kdcore.cli"]
+    )
+    assert modules_after(f"import {modules}") & {"torch", "numpy", "accelerate", "timm", "torchvision"} == set()
+
+
+def test_listing_methods_loads_neither_torch_nor_a_method():
+    loaded = modules_after(
+        "from kdcore.method import installed, card\nfor p in installed().values(): print(card(p).title)"
+    )
+    assert loaded & {"torch", "numpy", "timm", "kd_classification"} == set()
+
+
+def test_importing_every_method_loads_no_library_heavier_than_torch():
+    modules = ", ".join(sorted(value.split(":")[0] for value in REGISTERED.values()))
+    heavy = {"timm", "torchvision", "torchmetrics", "sklearn", "skimage", "scipy", "transformers", "diffusers"}
+    assert modules_after(f"import {modules}") & heavy == set()
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_installed_entry_points_are_those_of_the_sources():
+    assert {key: point.value for key, point in installed().items()} == REGISTERED
+    assert len(REGISTERED) == sum(
+        len(project.get("entry-points", {}).get(GROUP, {})) for project in PROJECTS.values()
+    ), "two packages register the same key"
+
+
+@pytest.mark.parametrize("key", REGISTERED)
+def test_method_loads_and_its_card_is_complete(key):
+    method = get(key)
+    assert method.key == key
+    assert REGISTERED[key].split(":")[0].endswith(f".methods.{key}")
+    assert card(installed()[key]) == method.card
+    assert method.card.title
+    assert any(character.isdigit() for character in method.card.paper), "the docstring's first line names no paper"
+    assert len(method.card.doc.splitlines()) > 2, "the docstring holds no equations"
+
+
+@pytest.mark.parametrize("key", REGISTERED)
+def test_method_ships_small_and_paper_configs_and_a_test(key):
+    package = REGISTERED[key].split(".")[0]
+    folder = ROOT / "packages" / package.replace("_", "-")
+    names = {path.stem for path in (folder / "src" / package / "configs" / key).glob("*.yaml")}
+    assert "small" in names
+    assert any(name.split("_")[0] == "paper" for name in names), names
+    assert (folder / "tests" / f"test_{key}.py").is_file()
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_config_and_its_arms_are_valid(path, monkeypatch):
+    key = path.parent.name
+    assert path.suffix == ".yaml"
+    assert key in REGISTERED, f"configs of '{key}', which is not registered"
+    method, config = load_config(f"{key}/{path.stem}")
+    assert method.key == config.method == key
+    values = read_yaml(path)
+    plain = config.model_copy(update={"compare": {}})
+    for arm, overrides in config.compare.items():
+        assert arm != key, "the method's own arm is there without being named"
+        _, arm_values = arm_config(values, overrides)
+        assert arm_values.model_dump() != plain.model_dump(), f"arm '{arm}' changes nothing"
+
+
+@pytest.mark.parametrize("key", REGISTERED)
+def test_small_config_compares_with_labels_alone_and_plain_kd(key):
+    _, config = load_config(f"{key}/small")
+    assert {"ce", "kd"} - {key} <= set(config.compare)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem.startswith("paper")], ids=lambda path: path.parent.name
+)
+def test_paper_config_gives_the_source_of_its_values(path):
+    """Every line that sets a number or a name says where it is from."""
+    silent = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\ncompare:")[0].splitlines(), 1):
+        code, _, comment = line.partition("#")
+        value = code.partition(":")[2].strip()
+        key = code.partition(":")[0].strip()
+        if not value or key in {"method", "root"} or (key == "name" and "data" in previous_section(path, number)):
+            continue
+        if "source:" not in comment and "not confirmed" not in comment:
+            silent.append(f"{path.name}:{number}: {line.strip()}")
+    assert silent == []
+
+
+def previous_section(path: Path, number: int) -> str:
+    """The last top-level key at or above a line."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:number]
+    return next(line for line in reversed(lines) if line[:1].isalpha())
