@@ -45,6 +45,16 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> list[list[int]]:
     return multiclass_confusion_matrix(logits, labels, logits.shape[1]).tolist()
 
 
+def rates(confusion: Any) -> tuple[Tensor, Tensor]:
+    """(sensitivity (K,), specificity (K,)) of each class from a confusion matrix (K, K) as above; NaN without cases.
+
+    sensitivity TP / (TP + FN),  specificity TN / (TN + FP)
+    """
+    counts = torch.as_tensor(confusion, dtype=torch.float64)
+    hits, truth, answers, total = counts.diagonal(), counts.sum(1), counts.sum(0), counts.sum()
+    return hits / truth, (total - truth - answers + hits) / (total - truth)
+
+
 def agreement(left: Tensor, right: Tensor) -> float:
     """Share of samples on which two logit tensors (N, K) have the same argmax."""
     return float((left.argmax(1) == right.argmax(1)).double().mean())

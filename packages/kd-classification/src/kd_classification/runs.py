@@ -84,11 +84,14 @@ def teacher_stage(
     num_classes: int | None = None,
     distiller: Callable[[nn.Module], ClassifierDistiller] = Supervised,
     fingerprint: Mapping[str, Any] | None = None,
+    setup: Callable[[nn.Module], TrainSetup] | None = None,
+    save: Callable[[nn.Module, Path], None] | None = None,
 ) -> Stage:
     """Gives the artefact `name`, a saved timm folder: from weights, or trained on `data.train` and cached.
 
     `distiller` makes the training objective out of the fresh network; a method that changes it, the data or the
-    classes adds what it changed to `fingerprint`.
+    classes adds what it changed to `fingerprint`. `setup(network)` and `save(network, folder)` replace the whole
+    set-up of the training and what is written at its end.
     """
     teacher = model or config.teacher
 
@@ -104,16 +107,13 @@ def teacher_stage(
     train = teacher.train
 
     def build(context: RunContext) -> TrainSetup:
-        network = distiller(create_model(teacher, data, field=name, num_classes=num_classes))
-        return supervised_setup(network, data, train, config.seed)
+        network = create_model(teacher, data, field=name, num_classes=num_classes)
+        return setup(network) if setup is not None else supervised_setup(distiller(network), data, train, config.seed)
 
-    stage = TrainStage(
-        name,
-        train,
-        build,
-        lambda network, folder: save_model(network, folder, data, class_names=data.class_names[:num_classes]),
-        artefact=name,
-    )
+    def write(network: nn.Module, folder: Path) -> None:
+        save_model(network, folder, data, class_names=data.class_names[:num_classes])
+
+    stage = TrainStage(name, train, build, save or write, artefact=name)
     identity = {
         "version": __version__,
         "torch": torch.__version__,
