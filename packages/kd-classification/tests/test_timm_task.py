@@ -181,7 +181,7 @@ def test_progress_and_epoch_hooks_follow_the_calls(batch):
     assert task.distiller.progress.step == 5, "a validation call is no training step"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_task_takes_the_same_steps(batch, backend):
     plain = as_timm_task(KD(network(8), network()))
     compiled = as_timm_task(KD(network(8), network()))
