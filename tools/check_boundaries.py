@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CORE_LIBRARIES = {"torch", "accelerate", "numpy", "pydantic", "yaml", "rich", "safetensors", "typer"}
 LOSS_LIBRARIES = {"torch"}
-# Modules that must answer before torch is loaded, with whatever they import at module level.
-QUICK = ("kdcore", "kdcore.errors", "kdcore.method", "kdcore.cli")
+# What `kd list` loads: modules that must answer before torch, with whatever they import at module level.
+QUICK = ("kdcore", "kdcore.errors", "kdcore.method", "kdcore.cli", "kdcore.cli.app", "kdcore.cli.listing")
 SLOW_LIBRARIES = {"torch", "accelerate", "numpy", "safetensors"}
 # Cheap beside torch, which every module of a domain package but its __init__ may load.
 LIGHT = CORE_LIBRARIES | {"PIL"}
@@ -210,9 +210,7 @@ def layer_rules(item: Import) -> str | None:
 def quick_rules(core: Package) -> list[tuple[Import, str]]:
     """Slow libraries that the quick modules load, in themselves or through other modules of kdcore."""
     wrong = []
-    todo = [
-        name for name in core.modules if any(name == q or (q != "kdcore" and name.startswith(f"{q}.")) for q in QUICK)
-    ]
+    todo = [name for name in QUICK if name in core.modules]
     seen = set(todo)
     while todo:
         module = todo.pop()

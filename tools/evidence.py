@@ -81,9 +81,8 @@ def collect(root: Path) -> list[PackageEvidence]:
 
 def read_package(folder: Path) -> PackageEvidence:
     cards = read_cards(folder)
-    files = sorted(
-        (folder / "evidence").glob("*.json"), key=lambda path: (list(cards).index(key_of(path, cards)), path)
-    )
+    order = list(cards)
+    files = sorted((folder / "evidence").glob("*.json"), key=lambda path: (order.index(key_of(path, cards)), path.stem))
     results = tuple(read_result(path, cards[key_of(path, cards)], folder) for path in files)
     notes_file = folder / "evidence" / "notes.yaml"
     notes = yaml.safe_load(notes_file.read_text(encoding="utf-8")) or {} if notes_file.is_file() else {}
