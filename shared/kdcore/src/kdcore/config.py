@@ -248,15 +248,16 @@ def _fields_at(config_class: type[BaseModel], location: Sequence[Any]) -> list[s
             model
             for parent in models
             if part in parent.model_fields
-            for model in _models_in(parent.model_fields[part].annotation)
+            for model in models_in(parent.model_fields[part].annotation)
         ]
         models = found or models
     return [name for model in models for name in model.model_fields]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes in a field's type: of `X | None`, `list[X]` and so on, X."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict, tuple):
-        return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+        return [model for part in typing.get_args(annotation) for model in models_in(part)]
     return []

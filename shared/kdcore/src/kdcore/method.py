@@ -155,7 +155,9 @@ def config_of(method: Method[R], values: Mapping[str, Any], *, source: str = "co
     return parse(method.config, values, source=source)
 
 
-def arm_config(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[Method[Any], Any]:
+def arm_config(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], *, source: str = "compare"
+) -> tuple[Method[Any], Any]:
     """Method and config of one arm of `kd compare`.
 
     An arm may name another `method`: then `method_args` starts from that method's defaults, and the networks, data
@@ -167,5 +169,5 @@ def arm_config(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple
     if overrides.get("method", values.get("method")) != values.get("method"):
         values = {key: value for key, value in values.items() if key != "method_args"}
     values = override(values, overrides)
-    method = method_of(values, source="compare")
-    return method, config_of(method, values, source="compare")
+    method = method_of(values, source=source)
+    return method, config_of(method, values, source=source)

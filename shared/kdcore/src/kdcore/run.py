@@ -41,12 +41,15 @@ def train(
             method's stages say of the config.
         RunFailed: a loss term became non-finite.
     """
+    from accelerate.utils import set_seed
+
     with _accelerator(config, folder, cpu) as accelerator:
         check_folder(method, config, folder, resume=resume)
         context = RunContext(config, folder, accelerator, resume=resume, quiet=quiet)
         with _removed_on_bad_input(context):
             stages = method.stages(config, context)
             _open(method, context)
+            set_seed(config.seed)
             artefacts = run_stages(stages, context)
         return _results(method, context, artefacts)
 
@@ -70,8 +73,17 @@ def check_folder(method: Method[Any], config: Any, folder: Path, *, resume: bool
     if difference is not None:
         field, old, new = difference
         raise InputError(
-            f"output {folder}: cannot resume with another config: '{field}' was {old!r} and is {new!r} now"
+            f"output {folder}: cannot resume with another config: '{field}' was {old!r} and is {new!r} now; "
+            "give another --output"
         )
+
+
+def check(method: Method[Any], config: Any, folder: Path, *, cpu: bool = False) -> None:
+    """What `train` would check before it trains, without a trace. Raises InputError."""
+    with _accelerator(config, folder, cpu) as accelerator:
+        context = RunContext(config, folder, accelerator, quiet=True)
+        with _removed_on_bad_input(context):
+            method.stages(config, context)
 
 
 def load_run(folder: Path) -> tuple[Method[Any], Any, Artefacts]:
@@ -101,6 +113,14 @@ def load_run(folder: Path) -> tuple[Method[Any], Any, Artefacts]:
 def evaluate(folder: Path) -> dict[str, Any]:
     """The metrics of a finished run, computed again from its artefacts. Raises InputError like `load_run`."""
     method, config, artefacts = load_run(folder)
+    return _evaluate(method, config, artefacts)
+
+
+def _evaluate(method: Method[Any], config: Any, artefacts: Artefacts) -> dict[str, Any]:
+    """The same metrics in the run and later: the generators do not depend on what ran before."""
+    from accelerate.utils import set_seed
+
+    set_seed(config.seed)
     return plain(method.evaluate(config, artefacts))
 
 
@@ -113,6 +133,16 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """The metrics that a finished run wrote; None when it has not finished."""
     return _read_json(folder / METRICS) if (folder / METRICS).is_file() else None
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What a run ran on."""
+    return _read_json(folder / ENVIRONMENT)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints, under a launcher or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def plain(value: Any) -> Any:
@@ -229,7 +259,7 @@ def _results(method: Method[Any], context: RunContext, artefacts: Artefacts) -> 
     """Evaluates on the main process, writes metrics.json and gives every process the metrics."""
     metrics: dict[str, Any] = {}
     if context.is_main:
-        metrics = plain(method.evaluate(context.config, artefacts))
+        metrics = _evaluate(method, context.config, artefacts)
         write_atomically(context.folder / METRICS, to_json(metrics))
     if context.accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list

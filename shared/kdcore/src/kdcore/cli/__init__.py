@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kdcore.cli.session import Interrupted, session
 from kdcore.errors import InputError, RunFailed
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     session.run = None
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    (usage_error,) = BadParameter.__bases__  # typer's own, or click's in older versions
+    usage_error: Any = BadParameter.__bases__[0]  # typer's own, or click's in older versions
     try:
         code = get_command(app).main(given, prog_name="kd", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -41,6 +41,24 @@ Cpu = Annotated[bool, typer.Option("--cpu", help="do not use an accelerator")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 
 
+@app.command("list")
+def list_command(
+    domain: Annotated[str | None, typer.Option(help="only this domain", show_default=False)] = None,
+) -> None:
+    """List the installed methods by domain."""
+    from kdcore.cli.listing import list_methods
+
+    list_methods(domain)
+
+
+@app.command("show")
+def show_command(key: Annotated[str, typer.Argument(metavar="KEY", help="key of a method, as in kd list")]) -> None:
+    """Show a method: paper, equations, roles, every field of its config."""
+    from kdcore.cli.listing import show
+
+    show(key)
+
+
 @app.command("train")
 def train_command(
     config: ConfigName,
@@ -55,6 +73,21 @@ def train_command(
     from kdcore.cli.running import train
 
     train(config, overrides or [], resume=resume, seed=seed, output=output, cpu=cpu, quiet=quiet)
+
+
+@app.command("compare")
+def compare_command(
+    config: ConfigName,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="number of seeds: 0, 1, ...")] = 3,
+    output: Output = None,
+    cpu: Cpu = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train every arm of a config with the same seeds; the same command goes on where it stopped."""
+    from kdcore.cli.running import compare
+
+    compare(config, overrides or [], seeds=seeds, output=output, cpu=cpu, quiet=quiet)
 
 
 @app.command("eval")

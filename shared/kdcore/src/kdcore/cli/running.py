@@ -1,8 +1,7 @@
-"""`kd train`, `kd eval`, `kd report`, `kd cache`, `kd compare`: what they do and print."""
+"""`kd train`, `kd compare`, `kd eval` and `kd cache`: what they do and print."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kdcore.cli.console import wide_console
 from kdcore.cli.session import session
 from kdcore.errors import InputError
 from kdcore.method import find_config, load_config
@@ -32,11 +32,11 @@ def train(
 
     session.run = folder
     metrics = run.train(method, config, folder, resume=resume, quiet=quiet, cpu=cpu)
-    if is_main():
+    if run.is_main():
         report = write_report([folder])
-        console = Console()
+        console = wide_console()
         print_metrics(console, metrics)
-        console.print(f"run     {folder}\nreport  {report}", highlight=False, soft_wrap=True)
+        console.print(f"run     {folder}\nreport  {report}", soft_wrap=True)
 
 
 def with_seed(overrides: Sequence[str], seed: int | None) -> list[str]:
@@ -53,23 +53,21 @@ def config_name(name: str) -> str:
     return find_config(name).stem
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes and prints, under a launcher or alone."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
-    """Student and teacher side by side, then what has no role."""
+    """Student and teacher side by side, then what belongs to neither."""
     from kdcore.run import scalars
 
     values = scalars(metrics)
     roles = [role for role in ("student", "teacher") if any(name.startswith(f"{role}/") for name in values)]
-    rows = dict.fromkeys(name.partition("/")[2] if name.partition("/")[0] in roles else name for name in values)
-    table = Table("metric", *roles)
-    for row in rows:
-        cells = [number(values.get(f"{role}/{row}")) for role in roles]
-        table.add_row(row, *(cells if any(cells) else [number(values.get(row))]))
-    console.print(table)
+    names = dict.fromkeys(name.partition("/")[2] for name in values if name.partition("/")[0] in roles)
+    if names:
+        table = Table("metric", *roles)
+        for name in names:
+            table.add_row(name, *(number(values.get(f"{role}/{name}")) for role in roles))
+        console.print(table)
+    for name, value in values.items():
+        if name.partition("/")[0] not in roles:
+            console.print(f"{name}  {number(value)}")
 
 
 def number(value: float | None) -> str:
@@ -85,7 +83,7 @@ def evaluate(folder: Path, *, as_json: bool) -> None:
     if as_json:
         print(run.to_json(metrics))
     else:
-        print_metrics(Console(), metrics)
+        print_metrics(wide_console(), metrics)
 
 
 def cache(name: str, folder: Path, overrides: Sequence[str]) -> None:
@@ -96,3 +94,66 @@ def cache(name: str, folder: Path, overrides: Sequence[str]) -> None:
         raise InputError(f"output {folder}: exists and is not empty; give a new folder")
     for key, value in method.cache(config, folder).items():
         print(f"{key}: {value}")
+
+
+# ---------------------------------------------------------------- compare
+
+
+def compare(name: str, overrides: Sequence[str], *, seeds: int, output: Path | None, cpu: bool, quiet: bool) -> None:
+    from kdcore import compare as comparison
+    from kdcore import run
+
+    method, _ = load_config(name, overrides)
+    folder = output or Path("runs") / f"{method.key}-{config_name(name)}-compare"
+    console = wide_console()
+
+    def announce(target: Path, text: str) -> None:
+        session.run = target
+        if not quiet and run.is_main():
+            console.print(text)
+
+    result = comparison.compare(name, overrides, range(seeds), folder, quiet=quiet, cpu=cpu, announce=announce)
+    if run.is_main():
+        print_comparison(console, result)
+        console.print(f"comparison  {folder / comparison.COMPARISON}", soft_wrap=True)
+
+
+def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
+    """One block a metric: mean ± std of each arm and, against the method, the difference ± its standard error."""
+    arms, own = result["arms"], result["method"]
+    table = Table(box=None)
+    for heading in ("metric", "arm", "mean ± std", f"{own} − arm", ""):
+        table.add_column(heading, no_wrap=True)
+    for metric in arms[own]["mean"]:
+        rows = [name for name in arms if metric in arms[name]["mean"]]
+        if len(rows) == len(arms) > 1 and _the_same(metric, list(arms.values())):
+            table.add_row(metric, "all arms", _spread(arms[own], metric), "", "")
+        else:
+            for index, name in enumerate(rows):
+                difference = result["differences"].get(name, {}).get(metric)
+                cells = _against(metric, difference) if difference else ("", "")
+                table.add_row("" if index else metric, name, _spread(arms[name], metric), *cells)
+    console.print(f"{result['config']}, seeds {', '.join(map(str, result['seeds']))}")
+    console.print(table)
+
+
+def _the_same(metric: str, arms: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every arm has the same values: what belongs to the shared teacher, sizes."""
+    values = [[run["metrics"][metric] for run in arm["runs"]] for arm in arms]
+    return all(row == values[0] for row in values)
+
+
+def _spread(arm: Mapping[str, Any], metric: str) -> str:
+    std = arm["std"][metric]
+    return number(arm["mean"][metric]) + (f" ± {number(std)}" if std else "")
+
+
+def _against(metric: str, difference: Mapping[str, Any]) -> tuple[str, str]:
+    from kdcore.report.text import direction
+
+    mean, error = difference["mean"], difference["standard_error"]
+    text = f"{mean:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    if difference["within_noise"]:
+        return text, "one seed" if error is None else "same" if mean == 0 == error else "within noise"
+    sign = direction(metric) * mean
+    return text, "better" if sign > 0 else "worse" if sign < 0 else ""
