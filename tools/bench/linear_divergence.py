@@ -1,19 +1,23 @@
 """Memory and time of head + divergence, forward and backward: kdcore against full logits and named peers, on CPU.
 
-Contenders, all from hidden states and heads in float32, mean over the tokens, gradients for the student's states and head:
+Contenders, all from hidden states and heads in float32, mean over the tokens, gradients for the student's states and
+head:
 
     kdcore             kdcore.gpu.linear_divergence, default chunk
     naive              full logits of both models, torch.nn.functional.kl_div (or the definition of js)
     torchtune          the formulation of torchtune's ForwardKLLoss: softmax of all teacher logits, log-softmax of all
                        student logits, their product summed over the vocabulary
     torchtune-chunked  the same over 8 chunks of existing logits (its ForwardKLWithChunkedOutputLoss)
-    liger              liger_kernel.chunked_loss.LigerFusedLinearJSDLoss without its label term, its default chunk of 1024
-                       tokens, not compiled; liger-128 with 128 tokens, about kdcore's chunk; liger-compiled with --compile
+    liger              liger_kernel.chunked_loss.LigerFusedLinearJSDLoss without its label term, its default chunk of
+                       1024 tokens, not compiled; liger-128 with 128 tokens, about kdcore's chunk; liger-compiled with
+                       --compile
 
 Peak memory: a subprocess per contender builds the inputs, runs a small problem once (libraries allocate their buffers),
-resets the kernel's high-water mark of resident memory (Linux, /proc/self/clear_refs) and runs once: VmHWM - VmRSS before.
-It includes the gradients, which every contender must produce. Time: one process, contenders interleaved, median of the
-repeats after one warm-up each. Liger runs where `liger-kernel` is importable; else the reason is printed.
+resets the kernel's high-water mark of resident memory (Linux, /proc/self/clear_refs) and runs once: VmHWM - VmRSS
+before. It includes the gradients, which every contender must produce. Time: one process, contenders interleaved, medians of the
+repeats after a small warm-up problem each: wall-clock seconds, and CPU seconds of the process, which other processes on
+the machine disturb less (the load average before and after stands in the JSON file). Ratios are contender / kdcore.
+Liger runs where `liger-kernel` is importable; else the reason is printed.
 
     python tools/bench/linear_divergence.py --output runs/bench/linear_divergence.json
 """
@@ -100,14 +104,14 @@ def loss_of(contender: str, kind: str, inputs):
     return liger(*inputs, chunk=128 if contender == "liger-128" else 1024, compiled=contender == "liger-compiled")
 
 
-def step(contender: str, kind: str, inputs) -> tuple[float, float]:
-    """Seconds of forward and backward, and the loss."""
+def step(contender: str, kind: str, inputs) -> tuple[float, float, float]:
+    """Wall-clock seconds of forward and backward, CPU seconds, and the loss."""
     for x in inputs:
         x.grad = None
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     loss = loss_of(contender, kind, inputs)
     loss.backward()
-    return time.perf_counter() - start, loss.item()
+    return time.perf_counter() - wall, time.process_time() - cpu, loss.item()
 
 
 def resident(field: str) -> int:
@@ -141,52 +145,51 @@ def in_subprocess(arguments: argparse.Namespace, contender: str, kind: str, voca
 def liger_missing() -> str | None:
     """Why Liger's loss cannot run here, None if it can."""
     try:
-        value = step("liger", "js", make_inputs(8, 4, 16))[1]
+        value = step("liger", "js", make_inputs(8, 4, 16))[-1]
     except Exception as error:  # a library absent, or one that wants a GPU: the reason goes into the table
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None if value == value else "NaN loss"
 
 
 def measure(arguments: argparse.Namespace, kind: str, vocab: int, contenders: list[str]) -> list[dict]:
-    inputs = make_inputs(arguments.tokens, arguments.hidden, vocab)
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    losses = {}
-    for repeat in range(arguments.repeats + 1):
-        for contender in contenders:
-            elapsed, losses[contender] = step(contender, kind, inputs)
-            if repeat:
-                seconds[contender].append(elapsed)
-    del inputs
-    rows = []
     for contender in contenders:
-        peak = in_subprocess(arguments, contender, kind, vocab)
-        rows.append(
-            {
-                "kind": kind,
-                "vocab": vocab,
-                "contender": contender,
-                "seconds": seconds[contender],
-                "median_seconds": statistics.median(seconds[contender]),
-                "peak_extra_mib": peak / MIB,
-                "loss": losses[contender],
-            }
-        )
-    ours = rows[0]
+        step(contender, kind, make_inputs(16, arguments.hidden, 256))
+    inputs = make_inputs(arguments.tokens, arguments.hidden, vocab)
+    wall, cpu, losses = ({contender: [] for contender in contenders} for _ in range(3))
+    for _ in range(arguments.repeats):
+        for contender in contenders:
+            for values, value in zip((wall, cpu, losses), step(contender, kind, inputs)):
+                values[contender].append(value)
+    del inputs
+    rows = [
+        {
+            "kind": kind,
+            "vocab": vocab,
+            "contender": contender,
+            "seconds": wall[contender],
+            "median_seconds": statistics.median(wall[contender]),
+            "cpu_seconds": cpu[contender],
+            "median_cpu_seconds": statistics.median(cpu[contender]),
+            "peak_extra_mib": in_subprocess(arguments, contender, kind, vocab) / MIB,
+            "loss": losses[contender][-1],
+        }
+        for contender in contenders
+    ]
     for row in rows:
-        row["memory_over_kdcore"] = row["peak_extra_mib"] / ours["peak_extra_mib"]
-        row["time_over_kdcore"] = row["median_seconds"] / ours["median_seconds"]
+        row["memory_over_kdcore"] = row["peak_extra_mib"] / rows[0]["peak_extra_mib"]
+        row["time_over_kdcore"] = row["median_seconds"] / rows[0]["median_seconds"]
+        row["cpu_time_over_kdcore"] = row["median_cpu_seconds"] / rows[0]["median_cpu_seconds"]
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        f"{'divergence':10} {'vocab':>7} {'contender':18} {'peak MiB':>9} {'x kdcore':>9} {'s':>7} {'x kdcore':>9} {'loss':>9}"
-    ]
+    columns = ("peak MiB", "x kdcore", "wall s", "x kdcore", "CPU s", "x kdcore", "loss")
+    lines = [f"{'divergence':10} {'vocab':>7} {'contender':18}" + "".join(f" {name:>8}" for name in columns)]
     for row in rows:
-        lines.append(
-            f"{row['kind']:10} {row['vocab']:7d} {row['contender']:18} {row['peak_extra_mib']:9.0f} "
-            f"{row['memory_over_kdcore']:9.2f} {row['median_seconds']:7.2f} {row['time_over_kdcore']:9.2f} {row['loss']:9.4f}"
-        )
+        values = f" {row['peak_extra_mib']:8.0f} {row['memory_over_kdcore']:8.2f}"
+        for name in ("", "cpu_"):
+            values += f" {row[f'median_{name}seconds']:8.2f} {row[f'{name}time_over_kdcore']:8.2f}"
+        lines.append(f"{row['kind']:10} {row['vocab']:7d} {row['contender']:18}{values} {row['loss']:8.4f}")
     return "\n".join(lines)
 
 
@@ -197,7 +200,7 @@ def main() -> None:
     parser.add_argument(
         "--vocab", type=int, nargs="+", default=[32768, 131072], help="vocabularies (default %(default)s)"
     )
-    parser.add_argument("--repeats", type=int, default=2, help="timed repeats after one warm-up (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time Liger's torch.compile variant too")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/linear_divergence.json"), help="JSON file")
@@ -212,7 +215,7 @@ def main() -> None:
         contender, kind, vocab = arguments.child
         print(measure_memory(contender, kind, arguments.tokens, arguments.hidden, int(vocab)))
         return
-    missing = liger_missing()
+    missing, load = liger_missing(), [os.getloadavg()]
     if missing:
         print(f"liger: left out, {missing}")
     rows = []
@@ -223,10 +226,10 @@ def main() -> None:
                 names = [*names, "liger-compiled"]
             rows += measure(arguments, kind, vocab, names)
             print(table(rows[-len(names) :]), flush=True)
-    report(arguments, rows, missing)
+    report(arguments, rows, missing, [*load, os.getloadavg()])
 
 
-def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None) -> None:
+def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None, load: list) -> None:
     """The goal's two lines, and the JSON file."""
     import torch
 
@@ -234,8 +237,9 @@ def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None)
         if row["contender"] == "naive" and row["vocab"] == max(arguments.vocab):
             met = row["memory_over_kdcore"] >= 8 and row["time_over_kdcore"] >= 1
             print(
-                f"{row['kind']} at {row['vocab']}: full logits take {row['memory_over_kdcore']:.1f} x the extra peak memory and "
-                f"{row['time_over_kdcore']:.2f} x the time of kdcore; goal (8 x, 1 x): {'met' if met else 'MISSED'}"
+                f"{row['kind']} at {row['vocab']}: full logits take {row['memory_over_kdcore']:.1f} x the extra peak "
+                f"memory and {row['time_over_kdcore']:.2f} x the time ({row['cpu_time_over_kdcore']:.2f} x the CPU "
+                f"time) of kdcore; goal (8 x, 1 x): {'met' if met else 'MISSED'}"
             )
     try:
         liger_version = version("liger-kernel")
@@ -250,6 +254,7 @@ def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None)
             "liger_left_out": missing,
             "processor": processor(),
             "python": platform.python_version(),
+            "load_average_before_and_after": load,
         },
         "memory": "VmHWM after a reset minus VmRSS before the step, own process per contender",
         "rows": rows,
