@@ -187,8 +187,9 @@ def _accelerator(config: Any, folder: Path, cpu: bool) -> Iterator[Accelerator]:
     from kdcore.training import make_accelerator
 
     inherited = bool(PartialState._shared_state)
-    accelerator = make_accelerator(config.train, cpu=cpu, seed=config.seed, folder=folder)
+    accelerator = None
     try:
+        accelerator = make_accelerator(config.train, cpu=cpu, seed=config.seed, folder=folder)
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         if wanted > 1 and accelerator.num_processes == 1:
             raise InputError(
@@ -197,11 +198,12 @@ def _accelerator(config: Any, folder: Path, cpu: bool) -> Iterator[Accelerator]:
             )
         yield accelerator
     finally:
-        for tracker in accelerator.trackers:
+        for tracker in accelerator.trackers if accelerator is not None else ():
             tracker.finish()
         if not inherited:
             # The process group outlives the run: a second one in the same processes could not find the store again.
-            AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+            alone = accelerator is None or accelerator.num_processes == 1
+            AcceleratorState._reset_state(reset_partial_state=alone)
             GradientState._reset_state()
 
 

@@ -1,0 +1,16 @@
+"""The toy domain package of these tests, found like an installed one."""
+
+from pathlib import Path
+
+import pytest
+
+TOY_PACKAGE = Path(__file__).with_name("toy_package")
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """Installs the methods `toy` and `plain` (and `ghost`, whose module is missing) and works in an empty folder."""
+    monkeypatch.syspath_prepend(TOY_PACKAGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    return tmp_path

@@ -1,0 +1,1 @@
+"""A domain package as small as can be: linear classifiers of random points. The tests put it on sys.path."""

@@ -1,0 +1,1 @@
+"""The methods of the toy domain; `ghost` is registered and has no module."""
