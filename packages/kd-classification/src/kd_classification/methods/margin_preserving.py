@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +99,10 @@ def focal_term(
     """FD(z, r) (E4, E5): logits (B, K), a reference's logits (B, K_r) of the first K_r <= K classes, labels (B,).
 
     kl and lm compare those K_r classes: sliced first, then softmax. labels is mean_i w_i CE(z_i, y_i) over all K
-    (PCT-naive: alpha 0, beta 1). Raises ValueError on shapes that do not fit.
+    (PCT-naive: alpha 0, beta 1). Raises ValueError on shapes that do not fit or another form.
     """
+    if form not in get_args(Form):
+        raise InputError(f"form = {form!r}: allowed are {', '.join(map(repr, get_args(Form)))}")
     if form == "labels":
         weights = focal_weights(reference, labels, alpha, beta)
         return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
@@ -140,15 +142,19 @@ class MarginPreserving(ClassifierDistiller):
     ):
         super().__init__(reference, student)
         self.old = freeze(old)
-        self.num_old, self.bias, self.form, self.warmup_epochs = num_old, bias, form, warmup_epochs
+        self.num_old, self.bias, self.warmup_epochs = num_old, bias, warmup_epochs
+        self.form: Form = form
         self.focal = {"alpha": alpha, "beta": beta, "tau": tau}
         scale = eta if form == "lm" else 1.0
         self.old_weight, self.reference_weight = scale * old_weight, scale * reference_weight
 
     @torch.no_grad()
     def old_logits(self, batch: Batch) -> Tensor:
-        """The old model's logits (B, num_old), without gradient."""
-        return self.old(batch.images)
+        """The old model's logits (B, num_old), without gradient. InputError when it has other outputs."""
+        logits = self.old(batch.images)
+        if logits.shape[1] != self.num_old:
+            raise InputError(f"num_old = {self.num_old}: the old model gives {logits.shape[1]} logits")
+        return logits
 
     def loss(self, batch: Batch, player: str = "student") -> LossTerms:
         z, y = self.student(batch.images), batch.labels
@@ -277,8 +283,8 @@ def check_class_order(checkpoint: str | None, class_names: Sequence[str], field:
     """Two models are compared id by id: a saved folder that names its classes must name these, in this order."""
     if checkpoint is None or not Path(checkpoint).is_dir():
         return
-    names = load_model(Path(checkpoint), field=field).pretrained_cfg.get("label_names")
-    for k, (found, wanted) in enumerate(zip(names or [], class_names, strict=False)):
+    saved: Any = load_model(Path(checkpoint), field=field)
+    for k, (found, wanted) in enumerate(zip(saved.pretrained_cfg.get("label_names") or [], class_names, strict=False)):
         if found != wanted:
             raise InputError(
                 f"{field}.checkpoint = {checkpoint}: its class {k} is '{found}', the run's is '{wanted}'; "
@@ -341,4 +347,4 @@ def write_cache(config: MarginPreservingRun, folder: Path) -> dict[str, Any]:
     return runs.write_cache(config, folder, data=prepared(config)[0])
 
 
-METHOD = Method("margin_preserving", __doc__, MarginPreservingRun, stages, evaluate, predict, write_cache)
+METHOD = Method("margin_preserving", __doc__ or "", MarginPreservingRun, stages, evaluate, predict, write_cache)
