@@ -15,13 +15,13 @@ dropped. Under mixup the centre is mixed like the labels. Teacher frozen, in eva
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from kd_classification.engine.classifier import ClassifierDistiller
 from kd_classification.models import feature_width, load_model, penultimate
 from kd_classification.runs import ClassificationRun, Networks, Run
 from kdcore.checkpoint import load_weights
-from kdcore.config import MethodConfig
+from kdcore.config import MethodConfig, parse
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError
 from kdcore.gpu import module_fingerprint
@@ -69,6 +69,21 @@ class NDConfig(MethodConfig):
     mixed_smoothing: Smoothing = Field(
         "classes", description="mixed labels: smoothing spreads over all class means, or (release) those of the batch"
     )
+
+    @property
+    def uses_features(self) -> bool:
+        return self.nd_weight > 0 and self.form != "none"
+
+    @property
+    def uses_logits(self) -> bool:
+        return self.distillation_weight > 0 and self.distillation != "none"
+
+    @model_validator(mode="after")
+    def _minimises_something(self) -> NDConfig:
+        from_the_start = self.uses_logits and self.warmup_epochs == 0
+        if self.ce_weight == 0 and not self.uses_features and not from_the_start:
+            raise ValueError("has nothing to minimise in the first epoch: ce_weight is 0, and so are the other terms")
+        return self
 
 
 # ---------------------------------------------------------------- losses
@@ -136,9 +151,9 @@ def centers_for(labels: Tensor, centers: Tensor, *, smoothing: float = 0.0, over
         # Without the smoothing a row is lam 1[y] + (1 - lam) 1[y'], and y' runs over the batch as y does:
         # the rows add up to the class counts of the batch.
         hard = labels - smoothing / classes
-        counts = hard.sum(dim=0) / (1 - smoothing)
-        return hard @ centers + smoothing / classes * (counts @ centers)
-    return labels @ centers
+        labels = hard + smoothing / classes * hard.sum(dim=0) / (1 - smoothing)
+    with torch.autocast(labels.device.type, enabled=False):
+        return labels @ centers
 
 
 def _rows(**tensors: Tensor) -> list[Tensor]:
@@ -153,58 +168,46 @@ def _rows(**tensors: Tensor) -> list[Tensor]:
 # ---------------------------------------------------------------- class means
 
 
-def class_sums(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
-    """(sums (K, D), counts (K,)), float64 on the CPU, of (features (B, D), labels (B,)) batches."""
-    sums, counts = torch.zeros(0), torch.zeros(num_classes, dtype=torch.float64)
+def class_means(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    class_names: Sequence[str],
+    *,
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """c_k, (K, D) float64 on the CPU, of batches of teacher features (B, D) and labels (B,); any batch size.
+
+    `reduce` adds a float64 tensor up over the processes that share the images. Raises InputError that names a class
+    without images, or one whose mean is zero and gives no direction.
+
+    >>> batches = [(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])), (torch.tensor([[5.0]]), torch.tensor([0]))]
+    >>> class_means(batches, ["cat", "dog"]).flatten()
+    tensor([3., 2.], dtype=torch.float64)
+    """
+    classes = len(class_names)
+    sums, counts = torch.zeros(classes, 0, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
     for features, labels in batches:
         features, labels = features.detach().to("cpu", torch.float64), labels.cpu()
-        if not len(sums):
-            sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
+        if not sums.shape[1]:
+            sums = features.new_zeros(classes, features.shape[1])
         sums.index_add_(0, labels, features)
-        counts += torch.bincount(labels, minlength=num_classes)
-    return sums, counts
-
-
-def class_means(sums: Tensor, counts: Tensor, class_names: Sequence[str]) -> Tensor:
-    """c_k = sums / counts, (K, D). Raises InputError that names a class without images or without a direction."""
-    for name, count in zip(class_names, counts.tolist(), strict=True):
+        counts += torch.bincount(labels, minlength=classes)
+    sums, counts = reduce(sums), reduce(counts)
+    for name, count, norm in zip(class_names, counts.tolist(), sums.norm(dim=1).tolist(), strict=True):
         if count == 0:
             raise InputError(f"data: class '{name}' has no training images, so it has no mean feature")
-    means = sums / counts[:, None]
-    for name, norm in zip(class_names, means.norm(dim=1).tolist(), strict=True):
         if norm == 0:
-            raise InputError(f"teacher: its features are zero on every training image of class '{name}'")
-    return means
-
-
-@torch.no_grad()
-def teacher_centers(teacher: nn.Module, images: Images, context: RunContext, **loader: Any) -> tuple[Tensor, Tensor]:
-    """`class_sums` of the teacher's penultimate features; every process takes its share of the images."""
-    accelerator = context.accelerator
-    teacher = teacher.to(accelerator.device).eval()
-    if accelerator.num_processes > 1:
-        images = images.subset(torch.arange(accelerator.process_index, len(images), accelerator.num_processes))
-    features = (
-        (penultimate(teacher, batch.images.to(accelerator.device))[0], batch.labels)
-        for batch in images.loader(256, seed=context.seed, **loader)
-    )
-    sums, counts = class_sums(features, teacher_classes(teacher))
-    if accelerator.num_processes > 1:
-        sums, counts = (accelerator.reduce(x.to(accelerator.device), "sum").cpu() for x in (sums, counts))
-    return sums, counts
-
-
-def teacher_classes(teacher: nn.Module) -> int:
-    return int(getattr(teacher, "model", teacher).num_classes)
+            raise InputError(f"teacher: its mean feature of class '{name}' is zero and gives no direction")
+    return sums / counts[:, None]
 
 
 # ---------------------------------------------------------------- method
 
 
 class ND(ClassifierDistiller):
-    """KD++, DKD++ or DIST++ of a frozen teacher. `centers` (K, D): the teacher's class means.
+    """KD++, DKD++ or DIST++ of a frozen teacher. `centers` (K, D): its class means, from `class_means`.
 
-    With mixed labels `smoothing` is the label smoothing that they hold (used by mixed_smoothing="batch" alone).
+    `arguments` are the fields of `NDConfig`. `smoothing` is the label smoothing that mixed labels hold, which
+    mixed_smoothing="batch" takes out again. In a loop of your own set `progress.epoch`: the warm-up reads it.
     """
 
     def __init__(
@@ -212,29 +215,20 @@ class ND(ClassifierDistiller):
         teacher: nn.Module,
         student: nn.Module,
         centers: Tensor,
-        config: NDConfig | Mapping[str, Any] | None = None,
         *,
         smoothing: float = 0.0,
+        **arguments: Any,
     ):
         super().__init__(teacher, student)
-        self.config = config if isinstance(config, NDConfig) else NDConfig(**(config or {}))
-        self.smoothing = smoothing
+        self.config, self.smoothing = parse(NDConfig, arguments, source="ND"), smoothing
         width, own = feature_width(teacher), feature_width(student)
         if centers.ndim != 2 or centers.shape[1] != width:
             raise InputError(f"centers: given {tuple(centers.shape)}; allowed: (K, {width}), the teacher's features")
-        self.register_buffer("centers", centers.detach().float(), persistent=False)
+        self.register_buffer("centers", centers.detach().clone(), persistent=False)
         self.projector = None
-        if own != width and self.uses_features:
+        if own != width and self.config.uses_features:
             self.projector = nn.Sequential(nn.BatchNorm1d(own), nn.Dropout(0.5), nn.Linear(own, width))
             nn.init.zeros_(self.projector[2].bias)
-
-    @property
-    def uses_features(self) -> bool:
-        return self.config.nd_weight > 0 and self.config.form != "none"
-
-    @property
-    def uses_logits(self) -> bool:
-        return self.config.distillation_weight > 0 and self.config.distillation != "none"
 
     @property
     def warmup(self) -> float:
@@ -245,15 +239,15 @@ class ND(ClassifierDistiller):
     def loss(self, batch: Batch, player: str = "student") -> LossTerms:
         features, logits = penultimate(self.student, batch.images)
         terms = LossTerms(ce=(self.config.ce_weight, F.cross_entropy(logits, batch.labels)))
-        if not (self.uses_features or self.uses_logits):
+        if not (self.config.uses_features or self.config.uses_logits):
             return terms
         assert self.teacher is not None
         with torch.no_grad():
             teacher_features, teacher_logits = penultimate(self.teacher, batch.images)
-        if self.uses_logits:
+        if self.config.uses_logits:
             weight = self.warmup * self.config.distillation_weight
             terms[self.config.distillation] = (weight, self.distillation(logits, teacher_logits, batch.labels))
-        if self.uses_features:
+        if self.config.uses_features:
             projected = features if self.projector is None else self.projector(features)
             term = self.feature_term(projected, teacher_features, batch.labels)
             terms[self.config.form] = (self.config.nd_weight, term)
@@ -293,8 +287,7 @@ def centers_stage(config: Run, data: Data) -> Stage:
         teacher = runs.load_teacher(config, data, context.artefacts["teacher"])
         augmented = config.method_args.augmented_centers
         images = data.train if augmented else data.train_plain
-        sums, counts = teacher_centers(teacher, images, context, num_workers=config.train.num_workers)
-        means = class_means(sums, counts, data.class_names)
+        means = teacher_means(teacher, images, data.class_names, context, num_workers=config.train.num_workers)
         path = context.folder / "centers.safetensors"
         if context.is_main:
             metadata = {"teacher": module_fingerprint(teacher), "augmented": str(augmented).lower()}
@@ -303,6 +296,25 @@ def centers_stage(config: Run, data: Data) -> Stage:
         return {"centers": path}
 
     return Procedure("centers", run)
+
+
+@torch.no_grad()
+def teacher_means(
+    teacher: nn.Module, images: Images, class_names: Sequence[str], context: RunContext, *, num_workers: int
+) -> Tensor:
+    """`class_means` of the teacher's penultimate features; every process takes its share of the images."""
+    accelerator = context.accelerator
+    device, processes = accelerator.device, accelerator.num_processes
+    teacher = teacher.to(device).eval()
+    if processes > 1:
+        images = images.subset(torch.arange(accelerator.process_index, len(images), processes))
+    loader = images.loader(256, seed=context.seed, num_workers=num_workers)
+    features = ((penultimate(teacher, batch.images.to(device))[0], batch.labels) for batch in loader)
+
+    def reduce(x: Tensor) -> Tensor:
+        return accelerator.reduce(x.to(device), "sum").cpu() if processes > 1 else x
+
+    return class_means(features, class_names, reduce=reduce)
 
 
 def load_centers(path: Path, teacher: nn.Module) -> Tensor:
@@ -322,8 +334,8 @@ def build(config: Run, networks: Networks, centers: Path) -> ND:
         networks.teacher,
         networks.student,
         load_centers(centers, networks.teacher),
-        config.method_args,
         smoothing=networks.data.config.augment.smoothing,
+        **config.method_args.model_dump(),
     )
 
 
@@ -376,4 +388,4 @@ def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
     }
 
 
-METHOD = Method("nd_loss", __doc__ or "", ClassificationRun[NDConfig], stages, evaluate, runs.predict, runs.write_cache)
+METHOD = Method("nd_loss", __doc__ or "", ClassificationRun[NDConfig], stages, evaluate, runs.predict)
