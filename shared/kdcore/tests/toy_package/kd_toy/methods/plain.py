@@ -6,10 +6,10 @@ L = CE(z_s, y)
 from __future__ import annotations
 
 import torch.nn.functional as F
-from kd_toy.runs import ToyRun, evaluate, stages
 from pydantic import Field
 from torch import nn
 
+from kd_toy.runs import ToyRun, evaluate, stages
 from kdcore.config import MethodConfig
 from kdcore.distiller import Distiller, LossTerms
 from kdcore.method import Method

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kd_toy.runs import ToyRun, evaluate, network, points, stages
 from pydantic import Field
 from torch import nn
 
+from kd_toy.runs import ToyRun, evaluate, network, points, stages
 from kdcore.config import MethodConfig
 from kdcore.distiller import Distiller, LossTerms, freeze
 from kdcore.losses import soft_target_kl
