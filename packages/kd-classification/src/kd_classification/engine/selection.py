@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from kd_classification.data import Images
@@ -25,8 +25,20 @@ from kdcore.errors import InputError
 from kdcore.stages import write_atomically
 
 DuplicateKind = Literal["none", "exact", "average", "difference"]
+SelectionRule = Literal["top_k", "random", "all"]
 
 # ---------------------------------------------------------------- confidence
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen from a pool: index (M,) in the pool, predicted class (M,), score (M,), and for a pool that
+    knows it, which images are out of the domain: bool (M,) or None."""
+
+    index: Tensor
+    classes: Tensor
+    scores: Tensor
+    out_of_domain: Tensor | None = None
 
 
 @torch.no_grad()
@@ -74,29 +86,49 @@ def select_top_k(scores: Tensor, classes: Tensor, k: int) -> Tensor:
     return order[rank < k].sort().values
 
 
+def choose(
+    index: Tensor, scores: Tensor, classes: Tensor, k: int, *, rule: SelectionRule = "top_k", seed: int = 0
+) -> Selection:
+    """The selection by `rule` among scored images (N,) whose numbers in the pool are `index`.
+
+    top_k: the k most confident of each predicted class; random: as many, drawn at random; all: every image.
+
+    Raises InputError when there is no image.
+    """
+    if len(index) == 0:
+        raise InputError("pool: no image is left in it; all are duplicates of evaluation images")
+    kept = torch.arange(len(index)) if rule == "all" else select_top_k(scores, classes, k)
+    if rule == "random":
+        drawn = np.random.default_rng([seed, 29]).permutation(len(index))[: len(kept)]
+        kept = torch.from_numpy(np.sort(drawn))
+    return Selection(index[kept], classes[kept], scores[kept])
+
+
 # ---------------------------------------------------------------- duplicates
 
 
 def average_hash(images: Tensor) -> Tensor:
-    """Average hash: which cells of the 8x8 mean grey image are brighter than its mean.
+    """Average hash: which pixels of the grey image at 8x8 are above its mean.
 
     images (N, C, H, W), any real type -> bool (N, 64). Survives resizing, re-encoding and a change of contrast.
     """
-    cells = adaptive_avg_pool2d(_grey(images), (8, 8)).flatten(1)
+    cells = _cells(images, (8, 8)).flatten(1)
     return cells > cells.mean(dim=1, keepdim=True)
 
 
 def difference_hash(images: Tensor) -> Tensor:
-    """Difference hash: which cells of the 8x9 mean grey image are brighter than their left neighbour.
+    """Difference hash: which pixels of the grey image at 8x9 are brighter than their left neighbour.
 
-    images (N, C, H, W), any real type -> bool (N, 64). Tells flat images apart better than `average_hash`.
+    images (N, C, H, W), any real type -> bool (N, 64). Looks at edges, `average_hash` at areas.
     """
-    cells = adaptive_avg_pool2d(_grey(images), (8, 9)).squeeze(1)
+    cells = _cells(images, (8, 9))
     return (cells[:, :, 1:] > cells[:, :, :-1]).flatten(1)
 
 
-def _grey(images: Tensor) -> Tensor:
-    return images.double().mean(dim=1, keepdim=True)
+def _cells(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The grey images at `size`, (N, *size) float64; the antialiasing filter makes it independent of the resolution."""
+    grey = images.double().mean(dim=1, keepdim=True)
+    return interpolate(grey, size, mode="bilinear", antialias=True).squeeze(1)
 
 
 def within_distance(pool: Tensor, other: Tensor, distance: int) -> Tensor:
@@ -159,17 +191,6 @@ class _Fingerprints(Dataset[Tensor]):
 # ---------------------------------------------------------------- the list of what was chosen
 
 COLUMNS = ["index", "path", "class", "score", "out_of_domain"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What was chosen from a pool: index (M,) in the pool, predicted class (M,), score (M,), and for a pool that
-    knows it, which images are out of the domain: bool (M,) or None."""
-
-    index: Tensor
-    classes: Tensor
-    scores: Tensor
-    out_of_domain: Tensor | None = None
 
 
 def write_selection(path: Path, selection: Selection, names: list[str]) -> None:

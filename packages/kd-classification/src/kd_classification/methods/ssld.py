@@ -24,7 +24,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -38,11 +37,11 @@ from kd_classification.engine.classifier import ClassifierDistiller
 from kd_classification.engine.param_groups import stage_param_groups
 from kd_classification.engine.pool import Pool, PoolConfig, load_pool, union, unlabelled
 from kd_classification.engine.selection import (
-    Selection,
+    SelectionRule,
+    choose,
     find_duplicates,
     read_selection,
     score_images,
-    select_top_k,
     write_selection,
 )
 from kd_classification.models import ModelConfig, adapted, create_model, load_into, save_model
@@ -92,7 +91,7 @@ class SSLDConfig(MethodConfig):
         0.0, ge=0, le=1, description="weight of cross-entropy, only without a pool; the loss gets the rest"
     )
     pool: PoolConfig | None = Field(None, description="unlabelled images to choose from; None: training images alone")
-    selection: Literal["top_k", "random", "all"] = Field(
+    selection: SelectionRule = Field(
         "top_k", description="which images of the pool: of each class the most confident, as many at random, or all"
     )
     k: int = Field(4000, ge=1, description="images kept of each predicted class")  # inferred from 4 M; not confirmed
@@ -218,6 +217,9 @@ def stages(config: Run, context: RunContext) -> list[Stage]:
     args, data = config.method_args, load_data(config.data, config.seed)
     runs.check(config, data)
     _check_arguments(config, context)
+    if args.labeller is not None:
+        with torch.random.fork_rng(devices=[]):
+            runs.try_forward(_labeller(config, data, context), data, "method_args.labeller")
     teacher_data = data
     if args.teacher_per_class is not None:
         teacher_data = load_data(config.data.model_copy(update={"per_class": args.teacher_per_class}), config.seed)
@@ -304,6 +306,8 @@ def _check_arguments(config: Run, context: RunContext) -> None:
                 f"method_args.teacher_per_class = {args.teacher_per_class}: must be at least data.per_class = "
                 f"{config.data.per_class}, the student's share of the same images"
             )
+    if args.labeller is not None and args.labeller.checkpoint is None and not args.labeller.pretrained:
+        raise InputError("method_args.labeller: has no weights; give checkpoint or pretrained: true")
     for field, stage in (("train", config.train), ("finetune", args.finetune), ("fix", args.fix)):
         size = stage.batch_size if stage is not None and stage.batch_size is not None else config.train.batch_size
         if args.teacher_bn == "train" and args.supervised < 1 and size // context.accelerator.num_processes < 2:
@@ -337,7 +341,7 @@ def _selecting(config: Run, data: Data, pool: Pool) -> Callable[[RunContext], Ar
         if context.is_main:
             index, scores, classes = (torch.cat(column) for column in zip(*parts))
             order = index.argsort()
-            chosen = choose(index[order], scores[order], classes[order], args.selection, args.k, config.seed)
+            chosen = choose(index[order], scores[order], classes[order], args.k, rule=args.selection, seed=config.seed)
             if pool.out_of_domain is not None:
                 chosen = dataclasses.replace(chosen, out_of_domain=pool.out_of_domain[chosen.index])
             write_selection(path, chosen, pool.names(chosen.index))
@@ -355,20 +359,6 @@ def _labeller(config: Run, data: Data, context: RunContext) -> nn.Module:
     if model is None:
         return load_teacher(config, data, context.artefacts["teacher"])
     return adapted(create_model(model, data, field="method_args.labeller"), data, model, field="method_args.labeller")
-
-
-def choose(index: Tensor, scores: Tensor, classes: Tensor, rule: str, k: int, seed: int) -> Selection:
-    """The selection among scored images (N,) by `rule`; "random" draws as many as "top_k" keeps.
-
-    Raises InputError when no image is left to choose from.
-    """
-    if len(index) == 0:
-        raise InputError("method_args.pool: no image is left in it; all are duplicates of evaluation images")
-    kept = torch.arange(len(index)) if rule == "all" else select_top_k(scores, classes, k)
-    if rule == "random":
-        drawn = np.random.default_rng([seed, 29]).permutation(len(index))[: len(kept)]
-        kept = torch.from_numpy(np.sort(drawn))
-    return Selection(index[kept], classes[kept], scores[kept])
 
 
 # ---------------------------------------------------------------- evaluation
