@@ -123,13 +123,34 @@ def test_digest_does_not_depend_on_order():
     assert s.digest({"a": 1, "b": 2}) == s.digest({"b": 2, "a": 1}) != s.digest({"a": 2, "b": 1})
 
 
-def test_entry_that_was_never_finished_is_not_used(tmp_path, cache):
+def cut_record(entry):
+    (entry / "artefacts.json").unlink()
+
+
+def break_record(entry):
+    (entry / "artefacts.json").write_text('{"files": {}')
+
+
+def change_weights(entry):
+    (entry / "teacher/weights").write_text("run 0")
+
+
+def lose_weights(entry):
+    (entry / "teacher/weights").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_record, break_record, change_weights, lose_weights])
+def test_damaged_entry_is_made_again(tmp_path, cache, damage, capsys):
     stage = Counting()
     CachedStage(stage, {}).run(context(tmp_path / "a"))
     (entry,) = (cache / "teacher").iterdir()
-    (entry / "artefacts.json").unlink()
+    damage(entry)
     artefacts = CachedStage(stage, {}).run(context(tmp_path / "b"))
     assert (artefacts["teacher"] / "weights").read_text() == "run 2"
+    assert f"the cache entry {entry} is made again" in capsys.readouterr().out
+    CachedStage(stage, {}).run(context(tmp_path / "c"))  # and then it is good
+    assert (tmp_path / "c/teacher/weights").read_text() == "run 2"
+    assert stage.runs == 2
 
 
 def test_failing_stage_leaves_no_entry(tmp_path, cache):

@@ -81,7 +81,8 @@ class CachedStage:
     """A stage whose artefacts are kept under the hash of `fingerprint` and reused by later runs.
 
     For the teachers that `small` configs train on the spot: every arm and method that names the same teacher, data
-    and seed shares one. The artefacts are copied into the run, so that a run directory stands alone.
+    and seed shares one. The artefacts are copied into the run, so that a run directory stands alone. An entry whose
+    files do not have the recorded SHA-256 is made again.
     """
 
     stage: Stage
@@ -93,7 +94,7 @@ class CachedStage:
 
     def run(self, context: RunContext) -> Artefacts:
         entry = cache_folder() / self.name / digest(self.fingerprint)
-        if _agreed(context, (entry / "artefacts.json").is_file()):
+        if _agreed(context, context.is_main and _is_whole(entry, context)):
             context.say(f"{self.name}: taken from the cache")
             return _copy_from_cache(context, entry)
         artefacts = self.stage.run(context)
@@ -124,8 +125,34 @@ def _agreed(context: RunContext, hit: bool) -> bool:
     return bool(broadcast_object_list([hit])[0])
 
 
+def _is_whole(entry: Path, context: RunContext) -> bool:
+    """Whether the cache has the entry, undamaged; a damaged one is removed."""
+    if not entry.is_dir():
+        return False
+    try:
+        expected = json.loads((entry / "artefacts.json").read_text())["files"]
+        if expected == _checksums(entry):
+            return True
+        problem = "its files have changed"
+    except (OSError, ValueError, KeyError, TypeError):
+        problem = "artefacts.json is missing or unreadable"
+    context.say(f"{entry.parent.name}: the cache entry {entry} is made again: {problem}")
+    shutil.rmtree(entry, ignore_errors=True)
+    return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file, without artefacts.json itself."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / "artefacts.json":
+            with open(path, "rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def _copy_from_cache(context: RunContext, entry: Path) -> Artefacts:
-    names = json.loads((entry / "artefacts.json").read_text())
+    names = json.loads((entry / "artefacts.json").read_text())["artefacts"]
     artefacts = {name: context.folder / relative for name, relative in names.items()}
     if context.is_main:
         for path in artefacts.values():
@@ -150,7 +177,8 @@ def _publish(artefacts: Artefacts, entry: Path) -> None:
             else:
                 shutil.copy2(path, target)
         names = {name: path.name for name, path in artefacts.items()}
-        (temporary / "artefacts.json").write_text(json.dumps(names))
+        record = {"artefacts": names, "files": _checksums(temporary)}
+        (temporary / "artefacts.json").write_text(json.dumps(record, indent=2))
         os.rename(temporary, entry)
     except OSError:
         if not entry.is_dir():  # another process published the same stage first: theirs is as good
