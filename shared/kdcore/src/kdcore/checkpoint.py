@@ -102,10 +102,13 @@ def fault(path: Path) -> str | None:
     if not path.is_dir():
         return "no such checkpoint"
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
+        manifest = json.loads((path / "manifest.json").read_text())
+        step, files = int(manifest["step"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return "manifest.json is missing or unreadable"
-    for name, expected in files.items():
+    if path.name.startswith(PREFIX) and path.name != f"{PREFIX}{step:08d}":
+        return f"manifest.json is of step {step}"
+    for name, expected in {"model.safetensors": None, "state.pt": None, **files}.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if _sha256(path / name) != expected:

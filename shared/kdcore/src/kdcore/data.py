@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 SampleKey = tuple[int, int]
 """(epoch, index): what the seeded sampler yields and the seeded data set takes."""
@@ -44,7 +44,8 @@ class SeededSampler(Sampler[SampleKey]):
 class SeededDataset(Dataset[Any]):
     """Wraps a map-style data set: the global generators are seeded per sample while it is read, then restored.
 
-    A data set that has `__getitems__` (a whole batch at once, no randomness of its own) is read that way.
+    A data set that has `__getitems__` is read a whole batch at once, seeded by the batch; its samples do not depend on
+    who shares their batch as long as it has no randomness of its own. A torch `Subset` counts as what it wraps.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int = 0):
@@ -59,9 +60,17 @@ class SeededDataset(Dataset[Any]):
             return self.dataset[index]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__([index for _, index in keys])  # type: ignore[attr-defined]
-        return [self[key] for key in keys]
+        if not _reads_batches(self.dataset):
+            return [self[key] for key in keys]
+        indices = [index for _, index in keys]
+        with seeded(_mix(self.seed, keys[0][0], *indices)):
+            return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
+
+
+def _reads_batches(dataset: Any) -> bool:
+    while isinstance(dataset, Subset):  # it has the method whatever it wraps, as a loop over samples
+        dataset = dataset.dataset
+    return callable(getattr(dataset, "__getitems__", None))
 
 
 def seeded_loader(

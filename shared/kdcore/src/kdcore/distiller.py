@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.config import EMAConfig, OptimizerConfig, ScheduleConfig
+from kdcore.errors import InputError
 
 
 class LossTerms(dict[str, tuple[float, Tensor]]):
@@ -147,9 +148,9 @@ class Distiller(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith(skip or ("\0",))}
 
     def load_checkpoint_state(self, state: Mapping[str, Tensor]) -> None:
-        """The counterpart of `checkpoint_state`; names that do not fit are an error."""
+        """The counterpart of `checkpoint_state`. Raises InputError for names that do not fit."""
         skip = self.frozen_prefixes()
         missing, unexpected = self.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.startswith(skip or ("\0",))]
         if missing or unexpected:
-            raise ValueError(f"checkpoint does not fit {type(self).__name__}: missing {missing}, extra {unexpected}")
+            raise InputError(f"checkpoint does not fit {type(self).__name__}: missing {missing}, extra {unexpected}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.config import EMAConfig
+from kdcore.errors import InputError
 
 
 def decay_at(config: EMAConfig, update: int) -> float:
@@ -34,23 +35,25 @@ class EMA:
 
     def __init__(self, module: nn.Module, config: EMAConfig):
         self.module, self.config, self.updates = module, config, 0
-        self.shadow = {name: parameter.detach().clone() for name, parameter in self._trained()}
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.shadow = {name: parameter.detach().clone() for name, parameter in trained}
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The averaged parameters: those that were trainable when the average was made."""
+        return {name: p for name, p in self.module.named_parameters() if name in self.shadow}
 
     @torch.no_grad()
     def update(self) -> None:
         """One update, after the optimiser's step."""
         self.updates += 1
         decay = decay_at(self.config, self.updates)
-        names, parameters = zip(*self._trained(), strict=True)
-        torch._foreach_lerp_([self.shadow[name] for name in names], list(parameters), 1 - decay)
+        parameters = self._parameters()
+        torch._foreach_lerp_([self.shadow[name] for name in parameters], list(parameters.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The module holds the averaged weights inside the block."""
-        kept = {name: parameter.detach().clone() for name, parameter in self._trained()}
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters().items()}
         self.copy_to_module()
         try:
             yield
@@ -62,7 +65,7 @@ class EMA:
 
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.module.named_parameters())
+        parameters = self._parameters()
         for name, value in values.items():
             parameters[name].copy_(value)
 
@@ -73,6 +76,6 @@ class EMA:
         values = dict(state)
         self.updates = int(values.pop("_updates"))
         if values.keys() != self.shadow.keys():
-            raise ValueError("EMA state does not fit the module: parameter names differ")
+            raise InputError("EMA state does not fit the module: parameter names differ")
         for name, value in values.items():
             self.shadow[name].copy_(value)

@@ -1,4 +1,4 @@
-"""TrainStage: the accelerate loop. One process, `accelerate launch` (DDP, FSDP, DeepSpeed) and resume are one path.
+"""TrainStage: the accelerate loop. One process, `accelerate launch` (DDP, FSDP) and resume are one path.
 
 An iteration takes `accumulation` micro-batches; every player whose turn it is sees them in order, minimises the mean
 of its loss over them and steps once. Batch sizes in configs are totals over all processes. A run is a function of its
@@ -8,6 +8,7 @@ as `kdcore.data.seeded_loader` gives them).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,24 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     broadcast_object_list,
     gather_object,
+    send_to_device,
     set_seed,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kdcore import checkpoint as checkpoints
 from kdcore.config import TrainConfig
 from kdcore.data import set_epoch
 from kdcore.distiller import Distiller, LossTerms, Player, Progress
 from kdcore.ema import EMA
-from kdcore.errors import InputError
+from kdcore.errors import InputError, RunFailed
 from kdcore.gradients import rule_backward
 from kdcore.optim import make_optimizer, make_schedule
 from kdcore.stages import Artefacts, RunContext, write_atomically
 from kdcore.termlog import TermLog
+
+TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
 
 def make_accelerator(
@@ -48,8 +54,9 @@ def make_accelerator(
     """The accelerator of a run: batch sizes are totals, data order is seeded, unused parameters are allowed."""
     # Without an accelerator, `cpu` is what makes accelerate form a gloo group instead of unrelated processes.
     cpu = cpu or not torch.accelerator.is_available()
+    _check_environment(train, cpu)
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         cpu=cpu,
         log_with=list(train.trackers) or None,
@@ -59,6 +66,26 @@ def make_accelerator(
         # Players and zero-weight terms leave parameters without a gradient in some turns.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"WORLD_SIZE = {wanted}: the processes did not find each other, each would train on its own; "
+            "start them with `accelerate launch --multi_gpu` (or `--cpu`), or with torchrun"
+        )
+    return accelerator
+
+
+def _check_environment(train: TrainConfig, cpu: bool) -> None:
+    """What accelerate would skip silently or answer with an error of its own."""
+    for tracker in train.trackers:
+        packages = TRACKER_PACKAGES[tracker]
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise InputError(f"train.trackers: '{tracker}' needs the package {' or '.join(packages)}: not installed")
+    if train.precision == "fp16" and cpu:
+        raise InputError("train.precision = 'fp16': needs an accelerator, and none is in use; use bf16 or fp32")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise InputError(f"accelerate launch: {name} is not supported, allowed: DDP and FSDP")
 
 
 @dataclass
@@ -151,8 +178,13 @@ class Loop:
     def _prepare(self, setup: TrainSetup) -> None:
         accelerator, config = self.accelerator, self.config
         processes = accelerator.num_processes
-        if config.batch_size % processes:
-            raise InputError(f"train.batch_size = {config.batch_size}: not divisible by the {processes} processes")
+        batch_size = getattr(setup.loader, "batch_size", None) or config.batch_size
+        if batch_size % processes:
+            raise InputError(f"train.batch_size = {batch_size}: not divisible by the {processes} processes")
+        if config.monitor is not None and self.evaluate is None:
+            raise InputError(
+                f"train.monitor = '{config.monitor}': stage '{self.name}' has no validation to take it from"
+            )
         self.distiller.train()
         if config.compile:
             self.distiller.compile()
@@ -195,6 +227,10 @@ class Loop:
                 self._checkpoint()
             if done:
                 break
+        if self.window == 0:
+            raise InputError(
+                f"{self.name}: the loader gave no batch in epoch {self.epoch}; it must start anew each time"
+            )
         self.distiller.epoch_end()
         self.epoch, self.window = self.epoch + 1, 0
         if self.evaluate is not None and (self.epoch % self.config.eval_every == 0 or self.step >= self.steps):
@@ -207,14 +243,15 @@ class Loop:
         loader = self.loader
         resumed = self._rng
         if done:
-            loader = skip_first_batches(self.loader, done * size)
-            set_epoch(loader, self.epoch)
+            loader = self._without(done * size)
         window: list[Any] = []
         for batch in loader:
             if resumed is not None:  # starting a loader may have drawn from the generators
                 checkpoints.set_rng_state(resumed)
                 resumed = self._rng = None
-            window.append(batch)
+            window.append(
+                batch if isinstance(self.loader, DataLoader) else send_to_device(batch, self.accelerator.device)
+            )
             if len(window) == size:
                 yield window
                 window = []
@@ -223,6 +260,14 @@ class Loop:
             self._rng = None
         if window:
             yield window
+
+    def _without(self, batches: int) -> Iterable[Any]:
+        """The loader of the running epoch without its first batches; a DataLoader does not read them."""
+        if not isinstance(self.loader, DataLoader):
+            return islice(self.loader, batches, None)
+        loader = skip_first_batches(self.loader, batches)
+        set_epoch(loader, self.epoch)
+        return loader
 
     def _iteration(self, window: list[Any]) -> None:
         for turn in self.turns:
@@ -297,7 +342,7 @@ class Loop:
         if monitor not in metrics:
             raise InputError(f"train.monitor = '{monitor}': validation gives {', '.join(sorted(metrics))}")
         value = metrics[monitor] if self.config.mode == "max" else -metrics[monitor]
-        if self.best is None or value > self.best[0]:
+        if value > (self.best[0] if self.best is not None else -math.inf):  # NaN is never an improvement
             weights = None
             if self.config.restore_best:
                 weights = {k: v.detach().cpu().clone() for k, v in deployed.state_dict().items()}
@@ -308,7 +353,15 @@ class Loop:
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self.bad_evaluations >= self.config.patience
 
+    def _check_parameters(self) -> None:
+        """A finite loss can have a NaN gradient; the next loss would tell, but a checkpoint may come before it."""
+        for turn in self.turns:
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in turn.parameters):
+                message = f"step {self.step}: player '{turn.player.name}' has non-finite weights after a finite loss"
+                raise RunFailed(message, self.last_good())
+
     def _finish(self) -> None:
+        self._check_parameters()
         for turn in self.turns:
             if turn.ema is not None:
                 turn.ema.copy_to_module()
@@ -323,6 +376,7 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self.log.flush()  # a non-finite loss must stop the run before it becomes a checkpoint
+        self._check_parameters()
         generators = gather_object([checkpoints.rng_state()])
         if self.context.is_main:
             best = self.best[1] if self.best is not None else None
@@ -353,6 +407,18 @@ class Loop:
         processes = self.accelerator.num_processes
         if len(state["rng"]) != processes:
             raise InputError(f"checkpoint {path}: written by {len(state['rng'])} processes, resumed with {processes}")
+        try:
+            self._restore(saved)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"checkpoint {path}: of another method, model or config ({error})") from error
+        self.step, self.epoch, self.window = saved.step, state["epoch"], state["window"]
+        self.distiller.progress.step = self.step
+        self._rng = state["rng"][self.accelerator.process_index]
+        self._forget_lines_after(saved.step)
+        self.context.say(f"{self.name}: resumed at step {self.step} of {self.steps}")
+
+    def _restore(self, saved: checkpoints.Checkpoint) -> None:
+        state = saved.state
         self.distiller.load_checkpoint_state(saved.model)
         for turn in self.turns:
             name = turn.player.name
@@ -366,11 +432,6 @@ class Loop:
         if state["best"] is not None:
             self.best = (state["best"], dict(saved.best) if saved.best is not None else None)
         self.bad_evaluations = state["bad_evaluations"]
-        self.step, self.epoch, self.window = saved.step, state["epoch"], state["window"]
-        self.distiller.progress.step = self.step
-        self._rng = state["rng"][self.accelerator.process_index]
-        self._forget_lines_after(saved.step)
-        self.context.say(f"{self.name}: resumed at step {self.step} of {self.steps}")
 
     def _forget_lines_after(self, step: int) -> None:
         """Drops what a killed process logged beyond its last checkpoint."""
@@ -383,6 +444,8 @@ class Loop:
                 record = json.loads(line)
             except ValueError:
                 continue  # cut off by the kill
-            if record.get("stage") != self.name or record.get("step", 0) <= step:
+            # The validation at the end of an epoch comes after a checkpoint of the same step, and comes again.
+            last = step - 1 if record.get("kind") == "eval" else step
+            if record.get("stage") != self.name or record.get("step", 0) <= last:
                 kept.append(line + "\n")
         write_atomically(path, "".join(kept))
