@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -425,6 +429,26 @@ def test_paper_config_names_networks_that_timm_has():
             network = timm.create_model(model.name, num_classes=1000)
         assert network.num_classes == 1000
     assert config.teacher.name in timm.list_pretrained("resnext101_32x16d*")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+def test_two_processes_choose_the_same_images(tmp_path):
+    """Each process scores half of the pool; teacher and data are those of the single process."""
+    method, config = shrunk()
+    run.train(method, config, tmp_path / "one", quiet=True, cpu=True)
+    kd = Path(sys.executable).with_name("kd")
+    launch = [*(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, str(kd), "train", "ssld/small", *SHRUNK, "--output", str(tmp_path / "two"), "-q", "--cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    one, two = (read_selection(tmp_path / name / "selection.csv") for name in ("one", "two"))
+    assert torch.equal(one.index, two.index)
+    assert torch.equal(one.classes, two.classes)
+    torch.testing.assert_close(one.scores, two.scores, atol=2e-6, rtol=0)
+    assert (tmp_path / "two" / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
