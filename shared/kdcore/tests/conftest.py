@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 TOY_PACKAGE = Path(__file__).with_name("toy_package")
 
@@ -13,4 +14,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(TOY_PACKAGE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+    yield tmp_path
+    torch.set_num_threads(threads)
