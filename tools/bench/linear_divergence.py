@@ -14,9 +14,10 @@ head:
 
 Peak memory: a subprocess per contender builds the inputs, runs a small problem once (libraries allocate their buffers),
 resets the kernel's high-water mark of resident memory (Linux, /proc/self/clear_refs) and runs once: VmHWM - VmRSS
-before. It includes the gradients, which every contender must produce. Time: one process, contenders interleaved, medians of the
-repeats after a small warm-up problem each: wall-clock seconds, and CPU seconds of the process, which other processes on
-the machine disturb less (the load average before and after stands in the JSON file). Ratios are contender / kdcore.
+before. It includes the gradients, which every contender must produce. Time: one process, contenders interleaved,
+medians of the repeats after a small warm-up problem each: wall-clock seconds, and CPU seconds of the process, which
+other processes on the machine disturb less (the load average before and after stands in the JSON file). Ratios are
+contender / kdcore.
 Liger runs where `liger-kernel` is importable; else the reason is printed.
 
     python tools/bench/linear_divergence.py --output runs/bench/linear_divergence.json

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -72,10 +73,14 @@ def load(path: Path) -> Checkpoint:
         hint = f"; {good[-1].name} is good: remove {path.name} to go on from it" if good else "; no older one is good"
         raise InputError(f"checkpoint {path}: {problem}{hint}")
     best = path / "best.safetensors"
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"checkpoint {path}: state.pt holds more than tensors and plain values ({error})") from None
     return Checkpoint(
         step=json.loads((path / "manifest.json").read_text())["step"],
         model=load_file(path / "model.safetensors"),
-        state=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
+        state=state,
         best=load_file(best) if best.is_file() else None,
     )
 

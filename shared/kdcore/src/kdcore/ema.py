@@ -75,7 +75,7 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         values = dict(state)
         self.updates = int(values.pop("_updates"))
-        if values.keys() != self.shadow.keys():
-            raise InputError("EMA state does not fit the module: parameter names differ")
+        if {name: value.shape for name, value in values.items()} != {n: v.shape for n, v in self.shadow.items()}:
+            raise InputError("EMA state does not fit the module: names or shapes of parameters differ")
         for name, value in values.items():
             self.shadow[name].copy_(value)

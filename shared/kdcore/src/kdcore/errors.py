@@ -26,6 +26,9 @@ class NonFiniteLoss(RunFailed):
         super().__init__(f"step {step}: loss term '{term}' of player '{player}' is {value}", checkpoint)
         self.step, self.player, self.term, self.value = step, player, term, value
 
+    def __reduce__(self):  # the default one would call __init__ with the message
+        return type(self), (self.step, self.player, self.term, self.value, self.checkpoint)
+
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest allowed name, else the list of what is allowed.

@@ -1,0 +1,64 @@
+"""What the benchmarks share: peak memory of this process, and what it runs on."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status: no field {field}")
+
+
+class PeakMemory:
+    """`.extra`: bytes by which the block's peak exceeds what was in use before it.
+
+    CPU: the kernel's high-water mark of resident memory, reset through /proc/self/clear_refs. CUDA: torch's allocator.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        self.device, self.extra = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = resident("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device == "cuda":
+            import torch
+
+            self.extra = torch.cuda.max_memory_allocated() - self.before
+        else:
+            self.extra = resident("VmHWM") - self.before
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Python, torch, cores, accelerator and the versions of the named packages (None where not installed)."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
