@@ -1,0 +1,92 @@
+"""Patient-disjoint folds, and the sources that know patients."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_classification.data import DataConfig
+from kd_classification.engine.folds import FoldPlan, ProtocolConfig, make_plan, shared_groups, units_of
+from kd_classification.grouped import textures
+from kd_classification.sources import Source, Split
+from kdcore.errors import InputError
+
+# ---------------------------------------------------------------- folds
+
+
+def grouped_source(sizes: list[tuple[int, int]]) -> Source:
+    """One patient for each (images, label)."""
+    labels = np.repeat([label for _, label in sizes], [count for count, _ in sizes])
+    groups = np.repeat([f"p{i:03d}" for i in range(len(sizes))], [count for count, _ in sizes])
+    images = torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8)
+    split = Split(labels.astype(np.int64), images, channels=1, groups=groups)
+    return Source(split, None, ["a", "b"], 4, 1, [0.5], [0.5])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=24, max_size=40), st.integers(2, 4), st.integers(0, 99))
+def test_folds_are_disjoint_and_cover_every_patient(counts, folds, seed):
+    source = grouped_source([(count, index % 2) for index, count in enumerate(counts)])
+    protocol = ProtocolConfig(folds=folds, seed=seed)
+    plan = make_plan(source, protocol)
+    assert plan == make_plan(source, protocol)
+    everyone = set(source.train.groups)
+    tested = []
+    for fold in range(folds):
+        train, test, validation = plan.apply(source, fold)
+        patients = [set(split.groups) for split in (train, validation, test)]
+        assert shared_groups(train, validation, test) == 0
+        assert set().union(*patients) == everyone
+        assert sum(map(len, patients)) == len(everyone)
+        assert len(train.labels) + len(validation.labels) + len(test.labels) == len(source.train.labels)
+        tested += sorted(patients[2])
+    assert sorted(tested) == sorted(everyone)
+
+
+def test_folds_are_stratified_and_do_not_depend_on_the_order_of_the_rows():
+    source = grouped_source([(3, 0)] * 30 + [(3, 1)] * 10)
+    plan = make_plan(source, ProtocolConfig())
+    for fold in range(5):
+        train, test, validation = plan.apply(source, fold)
+        for split, ones in ((test, 2), (train, 6), (validation, 2)):
+            assert len({g for g, y in zip(split.groups, split.labels, strict=True) if y == 1}) == pytest.approx(
+                ones, abs=1
+            )
+    order = torch.randperm(len(source.train.labels), generator=torch.Generator().manual_seed(0))
+    shuffled = Source(source.train.subset(order), None, source.class_names, 4, 1, [0.5], [0.5])
+    assert make_plan(shuffled, ProtocolConfig()) == plan
+
+
+def test_a_split_by_images_tears_patients_apart(tmp_path):
+    source = textures(DataConfig(name="textures"))
+    for kind, torn in (("patients", False), ("images", True)):
+        plan = make_plan(source, ProtocolConfig(split=kind, folds=2))
+        train, test, validation = plan.apply(source, 0)
+        assert (shared_groups(train, validation, test) > 0) is torn
+        plan.write(tmp_path / "folds.json")
+        assert FoldPlan.read(tmp_path / "folds.json") == plan
+
+
+def test_a_test_part_of_the_source_stays_the_test_part():
+    source = grouped_source([(2, 0), (2, 1)] * 10)
+    held = grouped_source([(2, 0), (2, 1)]).train
+    source = Source(source.train, held, source.class_names, 4, 1, [0.5], [0.5])
+    train, test, validation = make_plan(source, ProtocolConfig()).apply(source, 3)
+    assert test is held
+    assert len(set(train.groups)) == 16
+    assert len(set(validation.groups)) == 4
+
+
+def test_fold_errors(tmp_path):
+    source = grouped_source([(2, 0)] * 10 + [(2, 1)] * 3)
+    with pytest.raises(InputError, match=r"protocol.folds = 5: class 'b' has only 3 patients"):
+        make_plan(source, ProtocolConfig())
+    with pytest.raises(InputError, match=r"this source knows no patients; use data.name = 'csv'"):
+        units_of(Split(source.train.labels, source.train.images), "patients")
+    plan = make_plan(source, ProtocolConfig(folds=3))
+    with pytest.raises(InputError, match="'p013' is in no part"):
+        plan.apply(grouped_source([(2, 0)] * 10 + [(2, 1)] * 4), 0)
+    (tmp_path / "folds.json").write_text("{")
+    with pytest.raises(InputError, match=r"folds .*folds.json: not a readable plan"):
+        FoldPlan.read(tmp_path / "folds.json")
