@@ -155,7 +155,8 @@ def _sync(path: Path) -> None:
 def rng_state() -> dict[str, Any]:
     """State of Python's, numpy's and torch's generators (CPU and every CUDA device) as tensors and plain values."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    generator: Any = np.random.get_state(legacy=True)  # numpy types it as tuple or dict; legacy is the tuple
+    name, keys, position, has_gauss, cached = generator
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

@@ -76,8 +76,8 @@ class TrainConfig(Config):
     steps: int | None = Field(None, ge=1, description="optimiser steps; takes precedence over epochs")
     batch_size: int = Field(64, ge=1, description="samples per micro-batch, over all processes together")
     accumulation: int = Field(1, ge=1, description="micro-batches per optimiser step")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig.model_validate({}))
+    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
     clip: float | None = Field(None, gt=0, description="maximum norm of a player's gradient")
     ema: EMAConfig | None = Field(None, description="moving average of the weights; it is what ships when set")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the forward passes")
@@ -109,7 +109,9 @@ class RunConfig(Config):
 
     method: str = Field(description="key of the method, as `kd list` shows it")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of data split, initialisation and data order")
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=1), description="training of the student")
+    train: TrainConfig = Field(
+        default_factory=lambda: TrainConfig.model_validate({"epochs": 1}), description="training of the student"
+    )
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="arms of `kd compare`: name -> overrides (dotted key: value)"
     )

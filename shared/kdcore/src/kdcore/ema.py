@@ -48,7 +48,8 @@ class EMA:
         self.updates += 1
         decay = decay_at(self.config, self.updates)
         parameters = self._parameters()
-        torch._foreach_lerp_([self.shadow[name] for name in parameters], list(parameters.values()), 1 - decay)
+        shadow = [self.shadow[name] for name in parameters]
+        torch._foreach_lerp_(shadow, list(parameters.values()), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

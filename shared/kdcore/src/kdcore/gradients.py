@@ -8,6 +8,7 @@ what the optimiser would have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,7 @@ def rule_backward(loop: Loop, turn: Turn, window: list[Any], rule: GradientRule)
             scaled = [gradient / len(window) for gradient in gradients] if len(window) > 1 else gradients
             sums[name] = [a + b for a, b in zip(sums[name], scaled, strict=True)] if name in sums else list(scaled)
     if loop.accelerator.num_processes > 1:
-        sums = {name: [loop.accelerator.reduce(g, "mean") for g in gradients] for name, gradients in sums.items()}
+        mean: Any = partial(loop.accelerator.reduce, reduction="mean")
+        sums = {name: [mean(gradient) for gradient in gradients] for name, gradients in sums.items()}
     for parameter, gradient in zip(turn.parameters, rule(sums), strict=True):
         parameter.grad = gradient

@@ -64,7 +64,8 @@ class TermLog:
 
     def _line(self, turn: Any, rows: list[tuple[int, Tensor]], names: list[tuple[str, float]], rate: float) -> None:
         values = torch.stack([row for _, row in rows])
-        values = self.context.accelerator.reduce(values, "mean").cpu()  # a NaN on one rank reaches all
+        reduced: Any = self.context.accelerator.reduce(values, "mean")  # a NaN on one rank reaches all
+        values = reduced.cpu()
         if not torch.isfinite(values).all():
             self._stop(turn.player.name, rows, names, values)
         means = values.mean(0).tolist()
