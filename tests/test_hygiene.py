@@ -95,8 +95,13 @@ def unsafe(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [f"{node.lineno}: {name}" for name in names if name.split(".")[0] in {"pickle", "dill", "joblib"}]
+            source = getattr(node, "module", None)
+            names = [f"{source}.{alias.name}" if source else alias.name for alias in node.names]
+            unpicklers = [name for name in names if name.split(".")[0] in {"dill", "joblib", "cloudpickle"}]
+            unpicklers += [name for name in names if name.startswith("pickle.") and not name.endswith("Error")]
+            found += [f"{node.lineno}: {name}" for name in unpicklers]
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle" and not node.attr.endswith("Error"):
+            found.append(f"{node.lineno}: pickle.{node.attr}")
         if not isinstance(node, ast.Call):
             continue
         called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
@@ -122,7 +127,9 @@ def test_sources_neither_unpickle_nor_evaluate():
         ("torch.load(path, map_location='cpu', weights_only=True)", False),
         ("np.load(path, allow_pickle=True)", True),
         ("np.load(path)", False),
-        ("import pickle", True),
+        ("import pickle\npickle.load(file)", True),
+        ("import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    pass", False),
+        ("import joblib", True),
         ("from pickle import loads", True),
         ("eval(text)", True),
         ("model.eval()", False),

@@ -132,7 +132,7 @@ def test_small_config_compares_with_the_labels_alone(key):
 
 
 # What says where data and weights lie and how the machine is used is no value of the paper's.
-SOURCES = {"digits", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz"}
+SOURCES = {"digits", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz", "csv"}
 UNSOURCED_KEYS = {"method", "root", "pretrained", "num_workers", "log_every", "checkpoint_every", "eval_every"}
 PAPER_CONFIGS = [path for path in CONFIGS if path.stem.split("_")[0] == "paper"]
 
@@ -143,16 +143,43 @@ def test_paper_config_gives_the_source_of_its_values(path):
 
 
 def unsourced(text: str) -> Iterator[str]:
-    """The lines before `compare` that set a value and do not say whether a table or file confirms it."""
+    """The lines before `compare` that set a value and do not say whether a table or file confirms it.
+
+    A comment counts for its line, a section's for the whole section, and one on lines of its own for the next value.
+    """
+    covered, above = -1, False  # indentation of a section with a comment of its own; whether the last comment says it
     for line in text.split("\ncompare:")[0].splitlines():
         code, _, comment = line.partition("#")
+        said = "source:" in comment or "not confirmed" in comment
+        if not code.strip():
+            above = said or (above and bool(comment))
+            continue
         key, _, value = (part.strip() for part in code.partition(":"))
+        indentation = len(code) - len(code.lstrip())
+        covered = covered if covered >= 0 and indentation > covered else -1
+        if not value and said:
+            covered = indentation
         exempt = not value or value[0] in "&*" or key in UNSOURCED_KEYS or value in SOURCES
-        if not exempt and "source:" not in comment and "not confirmed" not in comment:
+        if not (exempt or said or above or covered >= 0):
             yield line.strip()
+        above = False
 
 
 def test_unsourced_values_are_found():
-    sourced = "method: x\ndata:\n  root: $X\n  size: 3  # source: a\n  n: 2  # not confirmed\n"
-    text = f"{sourced}  m: 1\n  o: 2  # hm\ncompare:\n  ce: {{method: kd}}\n"
-    assert list(unsourced(text)) == ["m: 1", "o: 2  # hm"]
+    sourced = """
+# release: the authors' code; "source: release" is it
+method: x
+data:
+  root: $X
+  size: 3  # source: a
+  n: 2  # not confirmed
+  augment:  # source: b
+    flip: 0.5
+    crop:
+      size: 3
+  # source: c, and this goes on
+  # for a second line
+  p: 1
+"""
+    silent = "  m: 1\n  o: 2  # hm\ntrain:\n  # why\n  q: 1\n"
+    assert list(unsourced(f"{sourced}{silent}compare:\n  ce: {{method: kd}}\n")) == ["m: 1", "o: 2  # hm", "q: 1"]
