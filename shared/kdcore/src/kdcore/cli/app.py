@@ -79,7 +79,7 @@ def train_command(
 def compare_command(
     config: ConfigName,
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="number of seeds: 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option(help="number of seeds: 0, 1, ...")] = 3,
     output: Output = None,
     cpu: Cpu = False,
     quiet: Quiet = False,

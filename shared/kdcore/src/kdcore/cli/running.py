@@ -103,6 +103,8 @@ def compare(name: str, overrides: Sequence[str], *, seeds: int, output: Path | N
     from kdcore import compare as comparison
     from kdcore import run
 
+    if seeds < 1:
+        raise InputError(f"--seeds = {seeds}: expected 1 or more")
     method, _ = load_config(name, overrides)
     folder = output or Path("runs") / f"{method.key}-{config_name(name)}-compare"
     console = wide_console()

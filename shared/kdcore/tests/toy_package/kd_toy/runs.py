@@ -59,8 +59,10 @@ def stages(config: Any, build: Callable[[nn.Module, nn.Module], Distiller]) -> l
 
     def teacher(context: RunContext) -> Artefacts:
         folder = context.folder / "teacher"
-        folder.mkdir()
-        save(network(config.teacher.width), folder)
+        if context.is_main:
+            folder.mkdir(exist_ok=True)
+            save(network(config.teacher.width), folder)
+        context.accelerator.wait_for_everyone()
         return {"teacher": folder}
 
     def student(context: RunContext) -> TrainSetup:
