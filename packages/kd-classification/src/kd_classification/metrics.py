@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from kd_classification.data import Images
 
+VALIDATION = ("accuracy", "balanced_accuracy", "nll", "ece")
+"""Names of `classification_metrics`: what a training can monitor."""
+
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Images, *, batch_size: int = 512) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,10 @@ def load_into(model: nn.Module, path: Path, *, field: str = "checkpoint") -> Non
             raise InputError(f"{field}.checkpoint = {path}: no such file")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(f"{field}.checkpoint = {path}: not a checkpoint of plain tensors ({error})") from None
+        except Exception:  # its messages are paragraphs about how to load an untrusted file all the same
+            raise InputError(
+                f"{field}.checkpoint = {path}: not a checkpoint of plain tensors; no other is read"
+            ) from None
         state = state.get("state_dict", state) if isinstance(state, dict) else state
     own = model.state_dict()
     if not isinstance(state, dict):

@@ -22,7 +22,7 @@ from kd_classification.engine.classifier import ClassifierDistiller, Supervised
 from kd_classification.models import ModelConfig, adapted, create_model, load_model, save_model
 from kd_classification.transforms import make_mixup
 from kdcore.config import MethodConfig, RunConfig, TrainConfig
-from kdcore.errors import InputError
+from kdcore.errors import InputError, did_you_mean
 from kdcore.method import Method
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
@@ -193,12 +193,27 @@ def data_identity(config: Run, data: Data) -> str:
     )
 
 
-def check(config: Run, data: Data) -> None:
-    """Builds both networks, so that what is wrong with them is said before anything trains."""
+def check(config: Run, data: Data, *, teacher_metrics: Sequence[str] = ()) -> None:
+    """Builds both networks, so that what is wrong with them is said before anything trains.
+
+    `teacher_metrics` are what the teacher's validation gives besides accuracy and its like.
+    """
+    check_monitor(config.teacher.train, data, "teacher.train", [*m.VALIDATION, *teacher_metrics])
+    check_monitor(config.train, data, "train", m.VALIDATION)
     with torch.random.fork_rng(devices=[]):
         for field, model in (("teacher", config.teacher), ("student", config.student)):
             network = create_model(model, data, field=field)
             try_forward(adapted(network, data, model, field=field) if field == "teacher" else network, data, field)
+
+
+def check_monitor(train: TrainConfig | None, data: Data, field: str, metrics: Sequence[str]) -> None:
+    """Raises InputError where `monitor` names no metric, or there are no validation images to compute it on."""
+    if train is None or train.monitor is None:
+        return
+    if train.monitor not in metrics:
+        raise InputError(f"{field}.monitor = '{train.monitor}': not a metric{did_you_mean(train.monitor, metrics)}")
+    if data.validation is None:
+        raise InputError(f"{field}.monitor = '{train.monitor}': no image is held out for it; give data.validation")
 
 
 def try_forward(model: nn.Module, data: Data, field: str) -> None:
