@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_classification.data import DataConfig
+from kd_classification.data import Data, DataConfig, Images
 from kd_classification.engine.folds import FoldPlan, ProtocolConfig, make_plan, shared_groups, units_of
 from kd_classification.grouped import textures
+from kd_classification.methods.kd_oct import class_weights
 from kd_classification.sources import Source, Split
 from kdcore.errors import InputError
 
@@ -90,3 +91,11 @@ def test_fold_errors(tmp_path):
     (tmp_path / "folds.json").write_text("{")
     with pytest.raises(InputError, match=r"folds .*folds.json: not a readable plan"):
         FoldPlan.read(tmp_path / "folds.json")
+
+
+def test_class_without_training_images():
+    split = grouped_source([(2, 0)] * 4).train
+    images = Images(split, torch.from_numpy(split.labels), None, (torch.zeros(1), torch.ones(1)))
+    data = Data(images, images, images, ["a", "b"], DataConfig(), 4, 1, [0.5], [0.5])
+    with pytest.raises(InputError, match="class 'b' has no training image in this fold"):
+        class_weights(data)

@@ -231,15 +231,16 @@ class TeacherTraining:
 
 def class_weights(data: Data) -> Tensor:
     """(E1) for the training images. Raises InputError that names a class without any."""
-    counts = class_counts(data.train)
+    counts = class_counts(data.train, data.num_classes)
     for name, count in zip(data.class_names, counts.tolist(), strict=True):
         if count == 0:
             raise InputError(f"protocol: class '{name}' has no training image in this fold")
     return balanced_weights(counts).float()
 
 
-def class_counts(images: Images, classes: int | None = None) -> Tensor:
-    return torch.bincount(images.labels, minlength=classes or int(images.labels.max()) + 1)
+def class_counts(images: Images, classes: int) -> Tensor:
+    """How many images of each class there are, (classes,)."""
+    return torch.bincount(images.labels, minlength=classes)
 
 
 def _validation(data: Data) -> Images:
@@ -296,7 +297,7 @@ def fold_data(config: KDOCTRun, path: Path) -> tuple[Data, FoldPlan]:
 def stages(config: KDOCTRun, context: RunContext) -> list[Stage]:
     _check_arguments(config)
     data, plan = fold_data(config, context.folder / "folds.json")
-    runs.check(config, data)
+    runs.check(config, data, teacher_metrics=["loss"])
 
     def write_folds(context: RunContext) -> Artefacts:
         path = context.folder / "folds.json"
