@@ -401,6 +401,7 @@ class Loop:
     def _resume(self) -> None:
         path = broadcast_object_list([checkpoints.latest(self.folder)])[0]
         if path is None:
+            self._forget_lines_after(0)
             return
         saved = checkpoints.load(path)
         state = saved.state
