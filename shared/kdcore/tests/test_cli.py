@@ -156,6 +156,7 @@ def test_cache(kd, toy):
         (["train", "toy/small", "--seed", "-1"], "'seed' = -1"),
         (["train", "toy/small", "--seed", "x"], "Invalid value for '--seed'"),
         (["train", "toy/small", "--sed", "1"], "No such option: --sed"),
+        (["train", "toy/small", "--cpu", "train.precision=fp16"], "train.precision = 'fp16': needs an accelerator"),
         (["train"], "Missing argument 'CONFIG'"),
         (["trian"], "No such command 'trian'"),
         (["compare", "toy/small", "--seeds", "0"], "--seeds = 0: expected 1 or more"),

@@ -190,12 +190,6 @@ def _accelerator(config: Any, folder: Path, cpu: bool) -> Iterator[Accelerator]:
     accelerator = None
     try:
         accelerator = make_accelerator(config.train, cpu=cpu, seed=config.seed, folder=folder)
-        wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if wanted > 1 and accelerator.num_processes == 1:
-            raise InputError(
-                f"WORLD_SIZE = {wanted}, but the processes did not find each other; "
-                "start them with `accelerate launch` (or torchrun), with --multi_gpu or, on CPUs, --cpu"
-            )
         yield accelerator
     finally:
         for tracker in accelerator.trackers if accelerator is not None else ():

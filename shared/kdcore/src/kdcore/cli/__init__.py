@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except usage_error as error:
         return _fail(2, f"{error.format_message()} (kd --help says what there is)")
     except RunFailed as error:
-        again = "give --resume to go on with it" if isinstance(error, Interrupted) and session.run else ""
+        begun = session.run is not None and session.run.is_dir()
+        again = "give --resume to go on with it" if begun and isinstance(error, Interrupted) else ""
         return _fail(1, str(error), *_last_checkpoint(error.checkpoint), again)
     except BrokenPipeError:  # `kd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _last_checkpoint(known: Path | None) -> tuple[str, ...]:
     """The sentence that names the last good checkpoint of the run that was going on; nothing outside a run."""
-    if session.run is None:
+    if session.run is None or not session.run.is_dir():
         return ()
     from kdcore.checkpoint import last_good
 
