@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -137,6 +138,14 @@ def test_bad_input_is_named_before_anything_trains(tmp_path, override, message):
 def test_dkd_with_mixup_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"dkd.*data\.augment\.mixup"):
         run(tmp_path / "run", "method_args.distillation=dkd", "data.augment.cutmix=1.0")
+
+
+def test_a_class_without_training_images_is_named(tmp_path):
+    images, labels = np.zeros((8, 16, 16), np.uint8), np.array([0, 2] * 4)
+    np.savez(tmp_path / "gap.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    source = ["data.name=npz", f"data.root={tmp_path / 'gap.npz'}", "data.per_class=null"]
+    with pytest.raises(InputError, match="class '1' has no training images"):
+        run(tmp_path / "run", *source)
 
 
 # ---------------------------------------------------------------- what the term does to the features

@@ -92,7 +92,7 @@ class NDConfig(MethodConfig):
 def nd_loss(
     student: Tensor, teacher: Tensor, centers: Tensor, *, reduction: Literal["batchmean", "none"] = "batchmean"
 ) -> Tensor:
-    """ND: 1 - <s, e> / max(||s||, ||t||) with e = c / ||c||, in [0, 2]; the mean over rows is the paper's L_ND.
+    """ND of arXiv 2305.17007: 1 - <s, e> / max(||s||, ||t||) with e = c / ||c||, in [0, 2]; L_ND is its mean.
 
     Shapes (B, D) each, `centers` one row an example (`centers_for`) -> scalar, or (B,) with reduction="none". The max
     keeps its gradient through ||s||, at a tie too. Teacher and centres get no gradient. Half precision is computed in
