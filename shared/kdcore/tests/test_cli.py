@@ -250,6 +250,17 @@ def test_failure_in_a_comparison_names_the_run(kd):
     assert Path("out/toy/seed-0/metrics.json").is_file()
 
 
+def test_interrupted_comparison(kd):
+    arms = "compare={cut: {method_args.interrupt_at: 6}}"
+    code, _, err = kd("compare", "toy/small", "--cpu", "-q", "--output", "out", arms)
+    assert code == 1
+    assert err.splitlines() == [
+        "error: interrupted",
+        "last good checkpoint: out/cut/seed-0/checkpoints/student/step-00000004",
+        "the same command goes on with it",
+    ]
+
+
 # ---------------------------------------------------------------- compare
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,3 @@ def commit(folder: Path) -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def command_line() -> str:
-    """The command that was given, without the folder of its program."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -37,11 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(2, f"{error.format_message()} (kd --help says what there is)")
     except RunFailed as error:
         begun = session.run is not None and session.run.is_dir()
-        again = "give --resume to go on with it" if begun and isinstance(error, Interrupted) else ""
+        again = session.again if begun and isinstance(error, Interrupted) else ""
         return _fail(1, str(error), *_last_checkpoint(error.checkpoint), again)
-    except BrokenPipeError:  # `kd list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if os.environ.get("KD_DEBUG"):
             traceback.print_exc()

@@ -30,7 +30,7 @@ def train(
     from kdcore import run
     from kdcore.report import write_report
 
-    session.run = folder
+    session.run, session.again = folder, "give --resume to go on with it"
     metrics = run.train(method, config, folder, resume=resume, quiet=quiet, cpu=cpu)
     if run.is_main():
         report = write_report([folder])
@@ -110,7 +110,7 @@ def compare(name: str, overrides: Sequence[str], *, seeds: int, output: Path | N
     console = wide_console()
 
     def announce(target: Path, text: str) -> None:
-        session.run = target
+        session.run, session.again = target, "the same command goes on with it"
         if not quiet and run.is_main():
             console.print(text)
 

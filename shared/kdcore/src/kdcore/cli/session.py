@@ -10,9 +10,10 @@ from kdcore.errors import RunFailed
 
 @dataclass
 class Session:
-    """The run directory that the current command is filling, for the message of a failure."""
+    """The run directory that the current command is filling, and how to go on with it after an interrupt."""
 
     run: Path | None = None
+    again: str = ""
 
 
 session = Session()
