@@ -319,15 +319,15 @@ def _check_arguments(config: Run, context: RunContext) -> None:
 
 def _selecting(config: Run, data: Data, pool: Pool) -> Callable[[RunContext], Artefacts]:
     """Stage `select`: duplicates out, labeller over the pool (split over the processes), top-k per class; a CSV."""
-    args = config.method_args
-    assert args.pool is not None
+    args, settings = config.method_args, config.method_args.pool
+    assert settings is not None
 
     def select(context: RunContext) -> Artefacts:
         accelerator = context.accelerator
         share = torch.arange(len(pool.images))[accelerator.process_index :: accelerator.num_processes]
         part, workers = pool.images.subset(share), config.train.num_workers
         held_out = [images for images in (data.test, data.validation) if images is not None]
-        found = find_duplicates(part, held_out, args.pool.duplicates, distance=args.pool.distance, num_workers=workers)
+        found = find_duplicates(part, held_out, settings.duplicates, distance=settings.distance, num_workers=workers)
         fresh = torch.nonzero(~found).flatten()
         scores, classes = score_images(
             _labeller(config, data, context),
