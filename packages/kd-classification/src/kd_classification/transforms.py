@@ -1,4 +1,4 @@
-"""Image transforms: timm's, chosen by `AugmentConfig`."""
+"""Image transforms: timm's or torchvision's, chosen by `AugmentConfig`."""
 
 from __future__ import annotations
 
