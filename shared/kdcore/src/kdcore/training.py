@@ -42,6 +42,7 @@ from kdcore.ema import EMA
 from kdcore.errors import InputError, RunFailed
 from kdcore.gradients import rule_backward
 from kdcore.optim import make_optimizer, make_schedule
+from kdcore.sharding import check_sharding, gathered, make_whole, scattered, scattered_optimizer, whole_weights
 from kdcore.stages import Artefacts, RunContext, write_atomically
 from kdcore.termlog import TermLog
 
@@ -185,6 +186,7 @@ class Loop:
             raise InputError(
                 f"train.monitor = '{config.monitor}': stage '{self.name}' has no validation to take it from"
             )
+        check_sharding(accelerator, self.distiller)
         self.distiller.train()
         if config.compile:
             self.distiller.compile()
@@ -329,7 +331,8 @@ class Loop:
         assert self.evaluate is not None
         with self._averaged(), torch.no_grad():
             deployed = self.distiller.deployed().eval()
-            metrics = dict(self.evaluate(deployed))
+            with whole_weights(self.model):
+                metrics = dict(self.evaluate(deployed))
             self.distiller.train()
             self._judge(metrics, deployed)
         self.context.log(kind="eval", stage=self.name, step=self.step, epoch=self.epoch, metrics=metrics)
@@ -345,7 +348,7 @@ class Loop:
         if value > (self.best[0] if self.best is not None else -math.inf):  # NaN is never an improvement
             weights = None
             if self.config.restore_best:
-                weights = {k: v.detach().cpu().clone() for k, v in deployed.state_dict().items()}
+                weights = {k: v.detach().cpu().clone() for k, v in gathered(deployed.state_dict()).items()}
             self.best, self.bad_evaluations = (value, weights), 0
         else:
             self.bad_evaluations += 1
@@ -365,8 +368,10 @@ class Loop:
         for turn in self.turns:
             if turn.ema is not None:
                 turn.ema.copy_to_module()
+        deployed = self.distiller.deployed()
         if self.best is not None and self.best[1] is not None:
-            self.distiller.deployed().load_state_dict(self.best[1])
+            deployed.load_state_dict(scattered(self.best[1], deployed.state_dict()))
+        make_whole(deployed)
         self.accelerator.wait_for_everyone()
 
     def last_good(self) -> Path | None:
@@ -378,9 +383,10 @@ class Loop:
         self.log.flush()  # a non-finite loss must stop the run before it becomes a checkpoint
         self._check_parameters()
         generators = gather_object([checkpoints.rng_state()])
+        model, state = gathered(self.distiller.checkpoint_state()), gathered(self._state(generators))
         if self.context.is_main:
             best = self.best[1] if self.best is not None else None
-            saved = checkpoints.Checkpoint(self.step, self.distiller.checkpoint_state(), self._state(generators), best)
+            saved = checkpoints.Checkpoint(self.step, model, state, best)
             checkpoints.save(self.folder, saved, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -420,14 +426,14 @@ class Loop:
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
         state = saved.state
-        self.distiller.load_checkpoint_state(saved.model)
+        self.distiller.load_checkpoint_state(scattered(saved.model, self.distiller.state_dict()))
         for turn in self.turns:
             name = turn.player.name
-            turn.optimizer.load_state_dict(state["optimizers"][name])
+            turn.optimizer.load_state_dict(scattered_optimizer(state["optimizers"][name], turn.parameters))
             turn.schedule.last_epoch = state["schedules"][name]
             turn.schedule._last_lr = [group["lr"] for group in turn.optimizer.param_groups]
             if turn.ema is not None:
-                turn.ema.load_state_dict(state["ema"][name])
+                turn.ema.load_state_dict(scattered(state["ema"][name], turn.ema.shadow))
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["best"] is not None:
