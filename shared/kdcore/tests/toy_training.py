@@ -1,6 +1,6 @@
 """A small training run that the tests start, kill, resume and launch on several processes.
 
-    python toy_training.py FOLDER [--resume] [--steps N] [--players 2] [--dropout P] [--rule] [--say]
+python toy_training.py FOLDER [--resume] [--steps N] [--players 2] [--dropout P] [--rule] [--say]
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset
+
 from kdcore.config import EMAConfig, RunConfig, TrainConfig
 from kdcore.data import seeded_loader
 from kdcore.distiller import Distiller, LossTerms, Player, freeze
@@ -17,9 +21,6 @@ from kdcore.gradients import project_conflict
 from kdcore.losses import soft_target_kl
 from kdcore.stages import RunContext, run_stages
 from kdcore.training import TrainSetup, TrainStage, make_accelerator
-from safetensors.torch import save_file
-from torch import nn
-from torch.utils.data import Dataset
 
 INPUTS, CLASSES = 6, 4
 
