@@ -76,7 +76,7 @@ def test_the_wheels_install_and_train_in_an_empty_environment(wheels, tmp_path):
     where = run(python, "-c", "import kd_classification; print(kd_classification.__file__)", cwd=foreign)
     assert Path(where.strip()).is_relative_to(environment)
     kd = python.with_name("kd")
-    settings = {"KD_CACHE": str(tmp_path / "cache")}
+    settings = {"KD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     run(kd, "train", "dhkd/small", *SHORT, cwd=foreign, environment=settings)
     folder = foreign / "runs/dhkd-small-seed0"
     metrics = json.loads((folder / "metrics.json").read_text())
