@@ -168,6 +168,19 @@ def test_image_folder_with_train_and_val(image_root):
     assert batch.labels.tolist() == [0] * 4 + [1] * 4
 
 
+def test_crop_pct_keeps_the_centre_of_test_images(tmp_path):
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[8:24, 8:24] = 255
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    plain = {"name": "image_folder", "root": str(tmp_path), "image_size": 16, "mean": [0.0], "std": [1.0]}
+    whole, centre = (load_data(config(**plain, crop_pct=share)).test[0][0] for share in (1.0, 0.5))
+    assert float(whole.mean()) == pytest.approx(0.25, abs=0.05)
+    torch.testing.assert_close(centre, torch.ones(3, 16, 16))
+
+
 def test_image_folder_without_parts_is_split(image_root):
     data = load_data(config(name="image_folder", root=str(image_root / "train"), image_size=16, test_fraction=0.5))
     assert (len(data.train), len(data.test)) == (4, 4)

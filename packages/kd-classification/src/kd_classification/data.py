@@ -91,6 +91,9 @@ class DataConfig(Config):
     resize: Literal["crop", "squash"] = Field(
         "crop", description="image files: shorter side and centre crop, or both sides regardless of the aspect ratio"
     )
+    crop_pct: float = Field(
+        1.0, gt=0, le=1, description="image files, resize: crop: share of the shorter side that test images keep"
+    )
     image_size: int | None = Field(None, ge=4, description="side of the square image, pixels; None keeps the source's")
     channels: Literal[1, 3] | None = Field(None, description="1 or 3; None keeps the source's")
     per_class: int | None = Field(None, ge=1, description="training images kept of each class; None keeps all")
@@ -219,7 +222,7 @@ def load_data(config: DataConfig, seed: int = 0, *, parts: Callable[[Source], Pa
     normalise = (torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
     from kd_classification.transforms import evaluation_transform, training_transform
 
-    test_transform = None if test.in_memory else evaluation_transform(size, channels, mean, std, config.resize)
+    test_transform = None if test.in_memory else evaluation_transform(size, mean, std, config.resize, config.crop_pct)
     train_transform = training_transform(config.augment, size, channels, mean, std, config.resize) or test_transform
 
     def images(split: Split, transform: Any) -> Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,22 +14,24 @@ if TYPE_CHECKING:
 
 
 def evaluation_transform(
-    size: int, channels: int, mean: Sequence[float], std: Sequence[float], resize: str = "crop"
+    size: int, mean: Sequence[float], std: Sequence[float], resize: str = "crop", crop_pct: float = 1.0
 ) -> Callable[[Any], Any]:
-    """PIL image -> normalised tensor (C, size, size): resize the shorter side and centre crop, or squash."""
+    """PIL image -> normalised tensor (C, size, size): resize the shorter side to size / crop_pct and take the centre
+    (256 and 224 for 0.875), or squash.
+    """
     from torchvision import transforms
 
     return transforms.Compose(
-        [*_resized(size, resize), transforms.ToTensor(), transforms.Normalize(list(mean), list(std))]
+        [*_resized(size, resize, crop_pct), transforms.ToTensor(), transforms.Normalize(list(mean), list(std))]
     )
 
 
-def _resized(size: int, resize: str) -> list[Any]:
+def _resized(size: int, resize: str, crop_pct: float = 1.0) -> list[Any]:
     from torchvision import transforms
 
     if resize == "squash":
         return [transforms.Resize((size, size), antialias=True)]
-    return [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)]
+    return [transforms.Resize(math.floor(size / crop_pct), antialias=True), transforms.CenterCrop(size)]
 
 
 def training_transform(
