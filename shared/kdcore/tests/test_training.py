@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import kdcore.training
+import kdcore.accelerator
 from kdcore import checkpoint as checkpoints
 from kdcore.config import EMAConfig, OptimizerConfig, RunConfig, TrainConfig
 from kdcore.data import seeded_loader
@@ -565,7 +565,7 @@ def test_trackers_get_the_raw_terms_and_the_rate(tmp_path):
 
 @pytest.mark.parametrize(("tracker", "package"), [("tensorboard", "tensorboard or tensorboardX"), ("wandb", "wandb")])
 def test_a_tracker_whose_package_is_missing_is_named(monkeypatch, tracker, package):
-    monkeypatch.setattr(kdcore.training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kdcore.accelerator.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"train.trackers: '{tracker}' needs the package {package}: not installed"):
         make_accelerator(TrainConfig(epochs=1, trackers=[tracker]), cpu=True)
 
@@ -590,7 +590,7 @@ def test_processes_that_did_not_find_each_other_are_refused(monkeypatch):
             pass
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(kdcore.training, "Accelerator", Alone)
+    monkeypatch.setattr(kdcore.accelerator, "Accelerator", Alone)
     with pytest.raises(InputError, match="WORLD_SIZE = 2: the processes did not find each other"):
         make_accelerator(TrainConfig(epochs=1), cpu=True)
 

@@ -36,7 +36,7 @@ def check_sharding(accelerator: Accelerator, distiller: Distiller) -> None:
 def gathered(value: Any) -> Any:
     """`value` (tensors in dicts and lists) with whole tensors on the CPU in place of shards."""
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        return value.full_tensor().detach().cpu()
     if isinstance(value, Mapping):
         return {key: gathered(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -82,4 +82,4 @@ def make_whole(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if isinstance(parameter, DTensor):
-                part._parameters[name] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
+                part._parameters[name] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)

@@ -8,7 +8,6 @@ as `kdcore.data.seeded_loader` gives them).
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -22,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import skip_first_batches
 from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
     broadcast_object_list,
     gather_object,
     send_to_device,
@@ -35,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kdcore import checkpoint as checkpoints
+from kdcore.accelerator import make_accelerator as make_accelerator  # part of this module's interface
 from kdcore.config import TrainConfig
 from kdcore.data import set_epoch
 from kdcore.distiller import Distiller, LossTerms, Player, Progress
@@ -45,48 +43,6 @@ from kdcore.optim import make_optimizer, make_schedule
 from kdcore.sharding import check_sharding, gathered, make_whole, scattered, scattered_optimizer, whole_weights
 from kdcore.stages import Artefacts, RunContext, write_atomically
 from kdcore.termlog import TermLog
-
-TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
-
-
-def make_accelerator(
-    train: TrainConfig, *, cpu: bool = False, seed: int = 0, folder: Path | None = None
-) -> Accelerator:
-    """The accelerator of a run: batch sizes are totals, data order is seeded, unused parameters are allowed."""
-    # Without an accelerator, `cpu` is what makes accelerate form a gloo group instead of unrelated processes.
-    cpu = cpu or not torch.accelerator.is_available()
-    _check_environment(train, cpu)
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=cpu,
-        log_with=list(train.trackers) or None,
-        project_dir=folder,
-        rng_types=[],  # nothing to synchronise: every order is a function of the seed
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
-        # Players and zero-weight terms leave parameters without a gradient in some turns.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted > 1 and accelerator.num_processes == 1:
-        raise InputError(
-            f"WORLD_SIZE = {wanted}: the processes did not find each other, each would train on its own; "
-            "start them with `accelerate launch --multi_gpu` (or `--cpu`), or with torchrun"
-        )
-    return accelerator
-
-
-def _check_environment(train: TrainConfig, cpu: bool) -> None:
-    """What accelerate would skip silently or answer with an error of its own."""
-    for tracker in train.trackers:
-        packages = TRACKER_PACKAGES[tracker]
-        if not any(importlib.util.find_spec(package) for package in packages):
-            raise InputError(f"train.trackers: '{tracker}' needs the package {' or '.join(packages)}: not installed")
-    if train.precision == "fp16" and cpu:
-        raise InputError("train.precision = 'fp16': needs an accelerator, and none is in use; use bf16 or fp32")
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise InputError(f"accelerate launch: {name} is not supported, allowed: DDP and FSDP")
 
 
 @dataclass
