@@ -1,4 +1,4 @@
-"""Image classification data: embedded digits and textures, plain files (IDX, npz, CSV), torchvision sets, folders.
+"""Image classification data: embedded digits and textures, plain files (IDX, npz, CSV tables), torchvision, folders.
 
 Every source becomes two or three `Images` data sets (train, test, validation) that give `Batch`es of normalised
 float32 images (B, C, H, W), int64 labels (B,) and sample indices (B,).
