@@ -109,6 +109,19 @@ def test_teacher_with_another_normalisation_sees_its_own(batch):
     assert same.teacher is before
 
 
+def test_grey_images_keep_one_channel():
+    teacher = timm.create_model("resnet10t", num_classes=5, in_chans=1)  # ImageNet's statistics, three values
+    cfg = {"mean": (0.3,), "std": (0.4,)}
+    args = {"layers": [1] * 4, "channels": [4] * 4, "stem_width": 4}
+    student = timm.create_model("resnet18", num_classes=5, in_chans=1, pretrained_cfg_overlay=cfg, **args)
+    task = as_timm_task(KD(teacher, student))
+    images = torch.randn(2, 1, 32, 32)
+    assert task(images, torch.tensor([0, 1]))["output"].shape == (2, 5)
+    pixels = images * 0.4 + 0.3
+    mean, std = (sum(teacher.pretrained_cfg[name]) / 3 for name in ("mean", "std"))
+    torch.testing.assert_close(task.distiller.teacher(images), teacher((pixels - mean) / std), rtol=1e-4, atol=1e-5)
+
+
 def test_only_what_trains_is_optimised_and_teacher_stays(batch):
     task = as_timm_task(Projected(network(8), network()))
     teacher = copy.deepcopy(task.distiller.teacher.state_dict())

@@ -223,13 +223,22 @@ def as_timm_task(
 
 
 def _match_normalisation(distiller: Distiller) -> None:
-    wanted = getattr(distiller.deployed(), "pretrained_cfg", None)
-    if not wanted:
+    student = distiller.deployed()
+    if not getattr(student, "pretrained_cfg", None):
         return
+    wanted = _statistics(student)
     for name, network in list(distiller.named_children()):
-        own = getattr(network, "pretrained_cfg", None)
-        if not is_frozen(network) or not own:
+        if not is_frozen(network) or not getattr(network, "pretrained_cfg", None):
             continue
-        if tuple(own["mean"]) != tuple(wanted["mean"]) or tuple(own["std"]) != tuple(wanted["std"]):
-            behind = Adapted(network, wanted["mean"], wanted["std"], own_mean=own["mean"], own_std=own["std"])
+        own = _statistics(network)
+        if own != wanted:
+            behind = Adapted(network, *wanted, own_mean=own[0], own_std=own[1])
             setattr(distiller, name, freeze(behind))
+
+
+def _statistics(network: nn.Module) -> tuple[list[float], list[float]]:
+    """Mean and deviation of a timm network, one value a channel; grey images get the mean of the colours' values."""
+    channels = int(getattr(network, "in_chans", None) or network.pretrained_cfg["input_size"][0])
+    given = [list(network.pretrained_cfg[name]) for name in ("mean", "std")]
+    mean, std = ([sum(values) / len(values)] * channels if len(values) != channels else values for values in given)
+    return mean, std
