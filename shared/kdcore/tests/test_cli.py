@@ -289,6 +289,7 @@ def test_verdicts_look_at_what_is_better():
     clear = {"mean": 0.25, "standard_error": 0.03125, "n": 3, "within_noise": False}
     assert _against("student/accuracy", clear) == ("+0.2500 ± 0.0312", "better")
     assert _against("student/nll", clear) == ("+0.2500 ± 0.0312", "worse")
+    assert _against("feature_norm", clear) == ("+0.2500 ± 0.0312", "differs")
     assert _against("student/parameters", clear) == ("+0.2500 ± 0.0312", "")
     assert _against("x", {**clear, "within_noise": True})[1] == "within noise"
     assert _against("x", {"mean": 1.0, "standard_error": None, "n": 1, "within_noise": True}) == ("+1.0000", "one seed")

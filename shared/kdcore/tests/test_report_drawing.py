@@ -199,6 +199,11 @@ def test_smaller_is_better(name):
     assert best_of(name, [0.2, 0.1, None, float("nan")]) == {1}
 
 
+@pytest.mark.parametrize("name", ["student/parameters", "seconds", "out_of_domain_share", "feature_norm"])
+def test_names_that_do_not_tell(name):
+    assert direction(name) == 0
+
+
 @pytest.mark.parametrize("name", ["student/accuracy", "agreement", "miou"])
 def test_larger_is_better(name):
     assert direction(name) == 1

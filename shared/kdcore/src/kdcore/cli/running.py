@@ -158,4 +158,4 @@ def _against(metric: str, difference: Mapping[str, Any]) -> tuple[str, str]:
     if difference["within_noise"]:
         return text, "one seed" if error is None else "same" if mean == 0 == error else "within noise"
     sign = direction(metric) * mean
-    return text, "better" if sign > 0 else "worse" if sign < 0 else ""
+    return text, "better" if sign > 0 else "worse" if sign < 0 else "differs"

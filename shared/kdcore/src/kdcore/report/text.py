@@ -12,7 +12,8 @@ from typing import Any
 
 _LOWER_PARTS = ("nll", "loss", "error", "flip", "ece")
 _LOWER_WORDS = {"perplexity", "mse", "rmse", "mae", "fid", "lpips", "kl", "divergence", "distance", "latency", "brier"}
-_NEUTRAL_WORDS = {"parameters", "params", "seconds", "samples", "count", "size", "steps", "epochs", "classes", "flops"}
+_HIGHER_WORDS = {"accuracy", "agreement", "auc", "coverage", "f1", "iou", "map", "miou", "nds", "precision", "psnr"}
+_HIGHER_WORDS |= {"recall", "sensitivity", "specificity", "ssim", "top1", "top5"}
 _FRACTION_WORDS = {"accuracy", "agreement", "top1", "top5", "recall", "precision", "f1", "iou", "miou"}
 
 
@@ -33,11 +34,11 @@ def words(name: str) -> set[str]:
 
 
 def direction(name: str) -> int:
-    """+1 when a larger value of the metric is better, -1 when a smaller one is, 0 for sizes, counts and times."""
+    """+1 when a larger value of the metric is better, -1 when a smaller one is, 0 where its name does not tell."""
     last = name.lower().removeprefix("student/").removeprefix("teacher/")
     if any(part in last for part in _LOWER_PARTS) or words(last) & _LOWER_WORDS:
         return -1
-    return 0 if words(last) & _NEUTRAL_WORDS else 1
+    return 1 if words(last) & _HIGHER_WORDS else 0
 
 
 def is_fraction(name: str, value: float) -> bool:
