@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_classification.sources import IMAGENET_MEAN, IMAGENET_STD, Source, Split, _check_readable, _tensor
+from kd_classification.sources import IMAGENET_MEAN, IMAGENET_STD, Source, Split, check_readable, image_tensor
 from kdcore.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def csv_table(config: DataConfig) -> Source:
         labels.append(classes.index(name))
     finder = _Finder(root)
     paths = [finder.find(row[table.image], f"{path}, line {line}") for line, row in rows]
-    _check_readable(paths)
+    check_readable(paths)
     groups = None if table.group is None else np.array([row[table.group] for _, row in rows])
     split = Split(np.asarray(labels, dtype=np.int64), None, paths, groups=groups)
     return Source(split, None, list(classes), 224, 3, IMAGENET_MEAN, IMAGENET_STD)
@@ -130,5 +130,5 @@ def textures(config: DataConfig, *, tile: int = 64, side: int = 16, noise: float
                     groups.append(f"{name}-{top // tile}-{left // tile}")
     images = np.clip(np.round(np.stack(patches)), 0, 255).astype(np.uint8)
     mean, std = float(images.mean() / 255), float(images.std() / 255)
-    split = Split(np.array(labels, dtype=np.int64), _tensor(images), channels=1, groups=np.array(groups))
+    split = Split(np.array(labels, dtype=np.int64), image_tensor(images), channels=1, groups=np.array(groups))
     return Source(split, None, list(TEXTURES), side, 1, [round(mean, 4)], [round(std, 4)])

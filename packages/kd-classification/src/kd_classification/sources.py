@@ -90,7 +90,7 @@ class Source:
     std: Sequence[float]
 
 
-def _tensor(images: np.ndarray) -> Tensor:
+def image_tensor(images: np.ndarray) -> Tensor:
     """uint8 (N, H, W) or (N, H, W, C) -> (N, C, H, W)."""
     tensor = torch.from_numpy(np.ascontiguousarray(images))
     return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2)
@@ -102,7 +102,7 @@ def digits(config: DataConfig) -> Source:
 
     bunch = load_digits()
     images = (bunch.images * (255 / 16)).round().astype(np.uint8)
-    split = Split(bunch.target.astype(np.int64), _tensor(images))
+    split = Split(bunch.target.astype(np.int64), image_tensor(images))
     return Source(split, None, [str(c) for c in range(10)], 8, 1, [0.305], [0.376])
 
 
@@ -129,7 +129,7 @@ def _idx_pair(folder: Path, prefix: str) -> Split | None:
     images, labels = read_idx(files[0]), read_idx(files[1])
     if len(images) != len(labels):
         raise InputError(f"data: {files[0].name} holds {len(images)} images, {files[1].name} {len(labels)} labels")
-    return Split(labels.astype(np.int64), _tensor(images), channels=1)
+    return Split(labels.astype(np.int64), image_tensor(images), channels=1)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -186,7 +186,7 @@ def _npz_split(path: Path, names: Sequence[str], images: np.ndarray, labels: np.
         raise InputError(
             f"data file {path}: '{names[1]}' must be {len(images)} integers, is {labels.dtype} {labels.shape}"
         )
-    tensor = _tensor(images)
+    tensor = image_tensor(images)
     return Split(labels.astype(np.int64), tensor, channels=tensor.shape[1])
 
 
@@ -204,7 +204,7 @@ def _torchvision(name: str) -> Callable[[DataConfig], Source]:
             except (RuntimeError, OSError) as error:
                 raise InputError(f"data.root = {config.folder}: torchvision finds no {name} there ({error})") from None
             images = part.data if isinstance(part.data, np.ndarray) else part.data.numpy()
-            parts.append(Split(np.asarray(part.targets, dtype=np.int64), _tensor(images)))
+            parts.append(Split(np.asarray(part.targets, dtype=np.int64), image_tensor(images)))
             class_names = [str(c) for c in part.classes]
         if name == "mnist":
             return Source(parts[0], parts[1], class_names, 28, 1, [0.1307], [0.3081])
@@ -245,11 +245,11 @@ def _folder_split(folder: Path, class_names: list[str] | None) -> tuple[Split, l
             raise InputError(f"image folder {folder / name}: it has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         paths += files
         labels += [label] * len(files)
-    _check_readable(paths)
+    check_readable(paths)
     return Split(np.asarray(labels, dtype=np.int64), None, paths), class_names
 
 
-def _check_readable(paths: Sequence[Path], most: int = 20_000) -> None:
+def check_readable(paths: Sequence[Path], most: int = 20_000) -> None:
     """Opens the header of the images (of an even selection in a large folder), to fail before training starts."""
     from PIL import Image
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_classification.data import Data, Images, load_data
 from kd_classification.engine.selection import DuplicateKind, find_duplicates
-from kd_classification.sources import IMAGE_SUFFIXES, Split, _check_readable
+from kd_classification.sources import IMAGE_SUFFIXES, Split, check_readable
 from kdcore.config import Config
 from kdcore.errors import InputError
 
@@ -79,7 +79,7 @@ def load_pool(config: PoolConfig, data: Data, *, seed: int = 0, used: Sequence[I
         raise InputError(f"pool.out_of_domain = {config.out_of_domain}: only with pool.name = 'rest'")
     root = config.path
     paths = _folder(root) if config.name == "image_folder" else _file_list(root)
-    _check_readable(paths)
+    check_readable(paths)
     split = Split(np.full(len(paths), UNLABELLED), None, paths, data.channels)
     if data.test.split.in_memory:
         split = _in_memory(split, data.image_size)
