@@ -290,7 +290,7 @@ def test_verdicts_look_at_what_is_better():
     assert _against("student/accuracy", clear) == ("+0.2500 ± 0.0312", "better")
     assert _against("student/nll", clear) == ("+0.2500 ± 0.0312", "worse")
     assert _against("feature_norm", clear) == ("+0.2500 ± 0.0312", "differs")
-    assert _against("student/parameters", clear) == ("+0.2500 ± 0.0312", "")
+    assert _against("student/parameters", clear) == ("+0.2500 ± 0.0312", "differs")
     assert _against("x", {**clear, "within_noise": True})[1] == "within noise"
     assert _against("x", {"mean": 1.0, "standard_error": None, "n": 1, "within_noise": True}) == ("+1.0000", "one seed")
     assert _against("x", {"mean": 0.0, "standard_error": 0.0, "n": 2, "within_noise": True})[1] == "same"
