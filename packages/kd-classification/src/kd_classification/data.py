@@ -6,7 +6,6 @@ float32 images (B, C, H, W), int64 labels (B,) and sample indices (B,).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd_classification.sources import SOURCES, Source, Split
+from kd_classification.sources import SOURCES, Source, Split, expanded
 from kdcore.config import Config
 from kdcore.data import seeded_loader
 from kdcore.errors import InputError, did_you_mean
@@ -108,10 +107,7 @@ class DataConfig(Config):
         """`root` as a path, environment variables expanded."""
         if self.root is None:
             raise InputError(f"data.root: required for data.name = '{self.name}'")
-        expanded = os.path.expandvars(self.root)
-        if "$" in expanded:
-            raise InputError(f"data.root = '{self.root}': its environment variable is not set")
-        return Path(expanded).expanduser()
+        return expanded(self.root, "data.root")
 
 
 class Images(Dataset[Any]):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_classification.sources import IMAGENET_MEAN, IMAGENET_STD, Source, Split, check_readable, image_tensor
+from kd_classification.sources import IMAGENET_MEAN, IMAGENET_STD, Source, Split, check_readable, expanded, image_tensor
 from kdcore.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def csv_table(config: DataConfig) -> Source:
     table, root = config.table, config.folder
     if table is None:
         raise InputError("data.table: required for data.name = 'csv'")
-    path = root / os.path.expandvars(table.file)
+    path = root / expanded(table.file, "data.table.file")
     rows = _rows(path, table)
     names = [row[table.label] for _, row in rows]
     classes = table.classes or sorted(set(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,14 @@ class Source:
     channels: int
     mean: Sequence[float]
     std: Sequence[float]
+
+
+def expanded(path: str, field: str) -> Path:
+    """A path of a config with its environment variables; InputError that names the field when one is not set."""
+    text = os.path.expandvars(path)
+    if "$" in text:
+        raise InputError(f"{field} = '{path}': its environment variable is not set")
+    return Path(text).expanduser()
 
 
 def image_tensor(images: np.ndarray) -> Tensor:

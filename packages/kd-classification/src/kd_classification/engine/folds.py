@@ -8,6 +8,7 @@ its images. The folds are stratified by it, and so is the validation part inside
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,5 +123,5 @@ def units_of(split: Split, kind: str) -> np.ndarray:
 
 def shared_groups(*splits: Split) -> int:
     """How many patients have images in more than one of the splits; 0 where the source knows no patients."""
-    known = [set(split.groups.tolist()) for split in splits if split.groups is not None]
-    return sum(len(known[i] & set().union(*known[:i])) for i in range(1, len(known)))
+    known = [group for split in splits if split.groups is not None for group in set(split.groups.tolist())]
+    return sum(count > 1 for count in Counter(known).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from kd_classification.data import Data, Images, load_data
 from kd_classification.engine.selection import DuplicateKind, find_duplicates
-from kd_classification.sources import IMAGE_SUFFIXES, Split, check_readable
+from kd_classification.sources import IMAGE_SUFFIXES, Split, check_readable, expanded
 from kdcore.config import Config
 from kdcore.errors import InputError
 
@@ -43,10 +42,7 @@ class PoolConfig(Config):
         """`root` with environment variables expanded; InputError when it is missing or a variable is not set."""
         if self.root is None:
             raise InputError(f"pool.root: required for pool.name = '{self.name}'")
-        expanded = os.path.expandvars(self.root)
-        if "$" in expanded:
-            raise InputError(f"pool.root = '{self.root}': its environment variable is not set")
-        return Path(expanded).expanduser()
+        return expanded(self.root, "pool.root")
 
 
 @dataclass(frozen=True)
