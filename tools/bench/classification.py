@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 from measure import MIB, PeakMemory, environment
 
 KD = ["bare", "kdcore", "timm-task", "timm", "torchdistill"]

@@ -28,15 +28,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-MIB = 2**20
+from measure import MIB, PeakMemory, environment
+
 CONTENDERS = {
     "forward": ["kdcore", "naive", "torchtune", "torchtune-chunked"],
     "js": ["kdcore", "naive", "liger", "liger-128"],
@@ -115,22 +114,13 @@ def step(contender: str, kind: str, inputs) -> tuple[float, float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu, loss.item()
 
 
-def resident(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status: no field {field}")
-
-
 def measure_memory(contender: str, kind: str, tokens: int, hidden: int, vocab: int) -> int:
     """Extra peak bytes of one step in this process."""
     step(contender, kind, make_inputs(16, hidden, 256))
     inputs = make_inputs(tokens, hidden, vocab)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    step(contender, kind, inputs)
-    return resident("VmHWM") - before
+    with PeakMemory() as peak:
+        step(contender, kind, inputs)
+    return peak.extra
 
 
 def in_subprocess(arguments: argparse.Namespace, contender: str, kind: str, vocab: int) -> int:
@@ -232,8 +222,6 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None, load: list) -> None:
     """The goal's two lines, and the JSON file."""
-    import torch
-
     for row in rows:
         if row["contender"] == "naive" and row["vocab"] == max(arguments.vocab):
             met = row["memory_over_kdcore"] >= 8 and row["time_over_kdcore"] >= 1
@@ -242,19 +230,12 @@ def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None,
                 f"memory and {row['time_over_kdcore']:.2f} x the time ({row['cpu_time_over_kdcore']:.2f} x the CPU "
                 f"time) of kdcore; goal (8 x, 1 x): {'met' if met else 'MISSED'}"
             )
-    try:
-        liger_version = version("liger-kernel")
-    except PackageNotFoundError:
-        liger_version = None
     settings = {name: value for name, value in vars(arguments).items() if name not in ("child", "output")}
     result = {
         "settings": settings,
         "environment": {
-            "torch": torch.__version__,
-            "liger-kernel": liger_version,
+            **environment("liger-kernel"),
             "liger_left_out": missing,
-            "processor": processor(),
-            "python": platform.python_version(),
             "load_average_before_and_after": load,
         },
         "memory": "VmHWM after a reset minus VmRSS before the step, own process per contender",
@@ -263,14 +244,6 @@ def report(arguments: argparse.Namespace, rows: list[dict], missing: str | None,
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {arguments.output}")
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ class PeakMemory:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Python, torch, cores, accelerator and the versions of the named packages (None where not installed)."""
+    """Python, torch, processor, accelerator and the versions of the named packages (None where not installed)."""
     import torch
 
-    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {"processor": processor(), "cores": os.cpu_count()}
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     for name in packages:
         try:
@@ -62,3 +63,11 @@ def environment(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it, else the platform's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
