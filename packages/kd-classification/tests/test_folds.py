@@ -65,8 +65,34 @@ def test_a_split_by_images_tears_patients_apart(tmp_path):
         plan = make_plan(source, ProtocolConfig(split=kind, folds=2))
         train, test, validation = plan.apply(source, 0)
         assert (shared_groups(train, validation, test) > 0) is torn
+        assert shared_groups(train, validation, test) <= len(set(source.train.groups))
         plan.write(tmp_path / "folds.json")
         assert FoldPlan.read(tmp_path / "folds.json") == plan
+
+
+def test_a_split_by_images_lets_identity_pass_for_skill():
+    """Labels drawn at random for each patient: all there is to learn is who it is."""
+    generator = np.random.default_rng(0)
+    patients, count, side = 80, 5, 8
+    looks = generator.uniform(50, 200, (patients, 1, 1, side, side))
+    images = np.clip(looks + generator.normal(0, 20, (patients, count, 1, side, side)), 0, 255).astype(np.uint8)
+    labels = np.repeat(generator.permutation(patients) % 2, count).astype(np.int64)
+    groups = np.repeat([f"p{i:02d}" for i in range(patients)], count)
+    pixels = torch.from_numpy(images.reshape(-1, 1, side, side))
+    source = Source(Split(labels, pixels, channels=1, groups=groups), None, ["a", "b"], side, 1, [0.5], [0.5])
+    accuracy = {}
+    for kind in ("patients", "images"):
+        plan, right = make_plan(source, ProtocolConfig(split=kind)), 0
+        for fold in range(5):
+            train, test, _ = plan.apply(source, fold)
+            assert train.images is not None
+            assert test.images is not None
+            nearest = torch.cdist(test.images.flatten(1).float(), train.images.flatten(1).float()).argmin(1)
+            right += int((train.labels[nearest.numpy()] == test.labels).sum())
+        accuracy[kind] = right / len(labels)
+    three_sigma = 3 * 0.5 / patients**0.5  # a patient's images stand or fall together
+    assert abs(accuracy["patients"] - 0.5) < three_sigma, accuracy
+    assert accuracy["images"] > 0.5 + three_sigma, accuracy
 
 
 def test_a_test_part_of_the_source_stays_the_test_part():

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,39 +242,3 @@ def test_table_label_outside_the_classes(tmp_path):
     (tmp_path / "table.csv").write_text("image,label,patient\na.png,CNVV,1\n")
     with pytest.raises(InputError, match=r"line 2: 'label' = 'CNVV' is no class; did you mean 'CNV'\?"):
         load_data(DataConfig(name="csv", root=str(tmp_path), table={"file": "table.csv", "classes": ["CNV", "NORMAL"]}))
-
-
-# ---------------------------------------------------------------- what the method claims
-
-
-def accuracies(folder: Path, *overrides: str) -> dict[str, float]:
-    method, config = load_config("kd_oct/small", list(overrides))
-    return train(method, config, folder, quiet=True, cpu=True)
-
-
-@pytest.mark.slow
-def test_distilled_students_are_better_balanced_than_trained_ones(tmp_path, cache):
-    differences = []
-    for seed in range(5):
-        arms = {"kd": [], "ce": ["method_args.alpha=0", "method_args.beta=1"]}
-        scores = {
-            arm: accuracies(tmp_path / f"{arm}{seed}", f"seed={seed}", *given)["student/balanced_accuracy"]
-            for arm, given in arms.items()
-        }
-        differences.append(scores["kd"] - scores["ce"])
-    assert np.mean(differences) > 0, differences
-
-
-@pytest.mark.slow
-def test_a_split_by_images_flatters_the_teacher(tmp_path, cache):
-    budget = ["train.epochs=1", "protocol.folds=5"]
-    scores = {
-        kind: [
-            accuracies(tmp_path / f"{kind}{fold}", f"protocol.split={kind}", f"protocol.fold={fold}", *budget)
-            for fold in range(5)
-        ]
-        for kind in ("patients", "images")
-    }
-    mean = {kind: np.mean([run["teacher/accuracy"] for run in runs]) for kind, runs in scores.items()}
-    assert all(run["shared_patients"] > 0 for run in scores["images"])
-    assert mean["images"] > mean["patients"], mean
