@@ -36,6 +36,8 @@ def words(name: str) -> set[str]:
 def direction(name: str) -> int:
     """+1 when a larger value of the metric is better, -1 when a smaller one is, 0 where its name does not tell."""
     last = name.lower().removeprefix("student/").removeprefix("teacher/")
+    if "positive_flip" in last:
+        return 1
     if any(part in last for part in _LOWER_PARTS) or words(last) & _LOWER_WORDS:
         return -1
     return 1 if words(last) & _HIGHER_WORDS else 0
