@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage_error: Any = BadParameter.__bases__[0]  # typer's own, or click's in older versions
     try:
         code = get_command(app).main(given, prog_name="kd", standalone_mode=False)
+        _leave_process_group()
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(2, str(error))
@@ -45,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "" if os.environ.get("KD_DEBUG") else "KD_DEBUG=1 shows where"
         text = " ".join(str(error).split()) or "no message"
         return _fail(1, f"{type(error).__name__}: {text}", *_last_checkpoint(None), hint)
+
+
+def _leave_process_group() -> None:
+    """Ends the threads of a process group, which would abort the interpreter on its way out."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _last_checkpoint(known: Path | None) -> tuple[str, ...]:
