@@ -20,17 +20,31 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `kd` with the given arguments (by default those of the process) and returns the exit code."""
+    code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    if arguments is None:
+        _leave_distributed(code)
+    return code
+
+
+def _leave_distributed(code: int) -> None:
+    """Ends a process of a group here and now: a normal exit destroys the group's threads, and now and then aborts."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(given: list[str]) -> int:
     from typer import BadParameter
     from typer.main import get_command
 
     from kdcore.cli.app import app
 
     session.run = None
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     usage_error: Any = BadParameter.__bases__[0]  # typer's own, or click's in older versions
     try:
         code = get_command(app).main(given, prog_name="kd", standalone_mode=False)
-        _leave_process_group()
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(2, str(error))
@@ -46,13 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "" if os.environ.get("KD_DEBUG") else "KD_DEBUG=1 shows where"
         text = " ".join(str(error).split()) or "no message"
         return _fail(1, f"{type(error).__name__}: {text}", *_last_checkpoint(None), hint)
-
-
-def _leave_process_group() -> None:
-    """Ends the threads of a process group, which would abort the interpreter on its way out."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _last_checkpoint(known: Path | None) -> tuple[str, ...]:
