@@ -61,10 +61,20 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         if not _reads_batches(self.dataset):
-            return [self[key] for key in keys]
+            return self._one_by_one(keys)
         indices = [index for _, index in keys]
         with seeded(_mix(self.seed, keys[0][0], *indices)):
             return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
+
+
+    def _one_by_one(self, keys: Sequence[SampleKey]) -> list[Any]:
+        """Every sample under its own seed; the generators are saved and restored once for all of them."""
+        items = []
+        with _restored():
+            for epoch, index in keys:
+                _seed(_mix(self.seed, epoch, index))
+                items.append(self.dataset[index])
+        return items
 
 
 def _reads_batches(dataset: Any) -> bool:
@@ -101,16 +111,26 @@ def seeded_loader(
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds Python's, numpy's and torch's CPU generators inside the block and restores them after it."""
+    with _restored():
+        _seed(seed)
+        yield
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch every accelerator too
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch every accelerator too
 
 
 def _mix(*parts: int) -> int:
