@@ -66,7 +66,6 @@ class SeededDataset(Dataset[Any]):
         with seeded(_mix(self.seed, keys[0][0], *indices)):
             return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
 
-
     def _one_by_one(self, keys: Sequence[SampleKey]) -> list[Any]:
         """Every sample under its own seed; the generators are saved and restored once for all of them."""
         items = []
