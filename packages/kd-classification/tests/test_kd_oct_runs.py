@@ -193,7 +193,7 @@ def test_configs():
             network = timm.create_model(model.name, num_classes=3, **model.args)
         sizes.append(sum(parameter.numel() for parameter in network.parameters()) / 1e6)
     assert sizes == pytest.approx([196.4, 7.7], abs=0.1)
-    assert {"ce", "plain_kd"} <= set(config.compare)
+    assert {"ce", "kd"} <= set(config.compare)
 
 
 def test_paper_pipeline_on_a_table_of_files(tmp_path, monkeypatch):
