@@ -22,11 +22,12 @@ def evaluation_transform(
     from torchvision import transforms
 
     return transforms.Compose(
-        [*_resized(size, resize, crop_pct), transforms.ToTensor(), transforms.Normalize(list(mean), list(std))]
+        [*resized(size, resize, crop_pct), transforms.ToTensor(), transforms.Normalize(list(mean), list(std))]
     )
 
 
-def _resized(size: int, resize: str, crop_pct: float = 1.0) -> list[Any]:
+def resized(size: int, resize: str = "crop", crop_pct: float = 1.0) -> list[Any]:
+    """The steps that bring a PIL image to size x size without chance; see `evaluation_transform`."""
     from torchvision import transforms
 
     if resize == "squash":
@@ -43,9 +44,15 @@ def training_transform(
     resize_mode: str = "crop",
 ) -> Callable[[Any], Any] | None:
     """timm's training transform for the config (or torchvision's), or None when nothing in it is random."""
-    affine = augment.rotation or augment.shear or augment.zoom != (1.0, 1.0)
     area = augment.erasing and augment.erasing_area != type(augment)().erasing_area
-    if augment.operations or affine or area or augment.blur or augment.posterize or augment.crop == "margin":
+    if (
+        augment.operations
+        or _is_affine(augment)
+        or area
+        or augment.blur
+        or augment.posterize
+        or augment.crop == "margin"
+    ):
         return _torchvision_transform(augment, size, mean, std, resize_mode)
     is_random = augment.crop != "none" or augment.auto_augment or augment.color_jitter
     if not (is_random or augment.hflip or augment.vflip or augment.erasing):
@@ -67,12 +74,9 @@ def training_transform(
     }
     if augment.crop == "resized":
         return create_transform(scale=augment.scale, **common)
-    resize = _resized(size, resize_mode)
-    if augment.crop == "pad":
-        resize = [transforms.Resize(size, antialias=True), transforms.RandomCrop(size, augment.padding)]
     # train_crop_mode with a scale of 1 keeps the image: the crop was done above.
     kept = create_transform(scale=(1.0, 1.0), ratio=(1.0, 1.0), **common)
-    return transforms.Compose([*resize, kept])
+    return transforms.Compose([*_cropped(augment, size, resize_mode), kept])
 
 
 def _torchvision_transform(
@@ -89,10 +93,10 @@ def _torchvision_transform(
         (augment.blur, transforms.RandomApply([transforms.GaussianBlur(3)], augment.blur)),
         (augment.posterize, transforms.RandomPosterize(4, augment.posterize)),
     ]
-    steps = [*_cropped(augment, size, resize)]
+    steps = _cropped(augment, size, resize)
     if augment.operations:
         steps.append(RandomOperations(augment))
-    if augment.rotation or augment.shear or augment.zoom != (1.0, 1.0):
+    if _is_affine(augment):
         geometry = {"scale": augment.zoom, "shear": augment.shear or None}
         steps.append(transforms.RandomAffine(augment.rotation, interpolation=InterpolationMode.BILINEAR, **geometry))
     if augment.color_jitter:
@@ -105,6 +109,10 @@ def _torchvision_transform(
     return transforms.Compose([*steps, transforms.Normalize(list(mean), list(std))])
 
 
+def _is_affine(augment: AugmentConfig) -> bool:
+    return bool(augment.rotation or augment.shear or augment.zoom != (1.0, 1.0))
+
+
 def _cropped(augment: AugmentConfig, size: int, resize: str) -> list[Any]:
     from torchvision import transforms
 
@@ -114,7 +122,7 @@ def _cropped(augment: AugmentConfig, size: int, resize: str) -> list[Any]:
         return [transforms.Resize((size + augment.padding,) * 2, antialias=True), transforms.RandomCrop(size)]
     if augment.crop == "pad":
         return [transforms.Resize(size, antialias=True), transforms.RandomCrop(size, augment.padding)]
-    return _resized(size, resize)
+    return resized(size, resize)
 
 
 class RandomOperations:

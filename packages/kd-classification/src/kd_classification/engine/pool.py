@@ -15,6 +15,7 @@ from torch import Tensor
 from kd_classification.data import Data, Images, load_data
 from kd_classification.engine.selection import DuplicateKind, find_duplicates
 from kd_classification.sources import IMAGE_SUFFIXES, Split, check_readable, expanded
+from kd_classification.transforms import resized
 from kdcore.config import Config
 from kdcore.errors import InputError
 
@@ -124,9 +125,7 @@ def _in_memory(split: Split, size: int) -> Split:
     """The files of a pool as pixels (shorter side resized, centre cropped), for data that is in memory."""
     from torchvision import transforms
 
-    prepare = transforms.Compose(
-        [transforms.Resize(size, antialias=True), transforms.CenterCrop(size), transforms.PILToTensor()]
-    )
+    prepare = transforms.Compose([*resized(size), transforms.PILToTensor()])
     pixels = torch.stack([prepare(split.picture(index)) for index in range(len(split.paths))])
     return Split(split.labels, pixels, [], split.channels)
 

@@ -327,13 +327,14 @@ def evaluate(config: MarginPreservingRun, artefacts: Artefacts) -> dict[str, Any
     student = load_model(artefacts["student"], num_classes=data.num_classes, field="student")
     teacher = runs.load_teacher(config, data, artefacts["teacher"])
 
-    def compared(network: nn.Module, images: Images) -> dict[str, float]:
-        return flip_metrics(m.predict(old, images)[0], *m.predict(network, images))
-
-    result.update(compared(student, data.test), **m.prefixed("teacher", compared(teacher, data.test)))
+    before, labels = m.predict(old, data.test)
+    result.update(flip_metrics(before, *m.predict(student, data.test)))
+    result.update(m.prefixed("teacher", flip_metrics(before, *m.predict(teacher, data.test))))
     if data.validation is not None:
-        result.update(m.prefixed("validation", compared(student, data.validation)))
-    result["old/accuracy"] = m.classification_metrics(*m.predict(old, known.test))["accuracy"]
+        held_out = flip_metrics(m.predict(old, data.validation)[0], *m.predict(student, data.validation))
+        result.update(m.prefixed("validation", held_out))
+    of_old = labels < known.num_classes
+    result["old/accuracy"] = m.classification_metrics(before[of_old], labels[of_old])["accuracy"]
     return result
 
 
