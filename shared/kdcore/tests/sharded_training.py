@@ -8,7 +8,6 @@ accelerate turns FSDP on for accelerators only, so the state it keeps is set by 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from kdcore.cli.session import leave_group
 from kdcore.config import TrainConfig
 from kdcore.training import TrainSetup
 
@@ -87,5 +87,4 @@ if __name__ == "__main__":
     toy_training.TrainSetup = setup
     options = {"dropout": 0.0, "players": given.players, "rule": given.rule}
     toy_training.run(given.folder, resume=given.resume, config=CONFIG, **options)
-    if torch.distributed.is_initialized():  # gloo's threads abort a normal exit now and then
-        os._exit(0)
+    leave_group()

@@ -6,7 +6,6 @@ python toy_training.py FOLDER [--resume] [--steps N] [--players 2] [--dropout P]
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from kdcore.cli.session import leave_group
 from kdcore.config import EMAConfig, RunConfig, TrainConfig
 from kdcore.data import seeded_loader
 from kdcore.distiller import Distiller, LossTerms, Player, freeze
@@ -125,5 +125,4 @@ if __name__ == "__main__":
     arguments = vars(parser.parse_args())
     torch.set_num_threads(1)
     run(arguments.pop("folder"), resume=arguments.pop("resume"), **arguments)
-    if torch.distributed.is_initialized():  # gloo's threads abort a normal exit now and then
-        os._exit(0)
+    leave_group()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcore.cli.session import Interrupted, session
+from kdcore.cli.session import Interrupted, leave_group, session
 from kdcore.errors import InputError, RunFailed
 
 __all__ = ["main"]
@@ -22,17 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `kd` with the given arguments (by default those of the process) and returns the exit code."""
     code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
     if arguments is None:
-        _leave_distributed(code)
+        leave_group(code)
     return code
-
-
-def _leave_distributed(code: int) -> None:
-    """Ends a process of a group here and now: a normal exit destroys the group's threads, and now and then aborts."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _run(given: list[str]) -> int:
