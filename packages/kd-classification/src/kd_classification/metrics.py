@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,9 +64,3 @@ def agreement(left: Tensor, right: Tensor) -> float:
 
 def prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
-
-
-def mean_std(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
-    tensor = torch.tensor(list(values), dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std()) if len(tensor) > 1 else 0.0

@@ -95,14 +95,14 @@ def load_into(model: nn.Module, path: Path, *, field: str = "checkpoint") -> Non
     model.load_state_dict(state)
 
 
-def save_model(model: nn.Module, folder: Path, data: Data, *, class_names: Sequence[str] | None = None) -> None:
+def save_model(model: nn.Module, folder: Path, data: Data) -> None:
     """Writes timm's folder format: model.safetensors and config.json with everything needed to build the model."""
     from timm.models import save_for_hf
 
     save_for_hf(
         model,
         str(folder),
-        model_config={"label_names": list(class_names or data.class_names)},
+        model_config={"label_names": list(data.class_names)},
         data_config={
             "input_size": (data.channels, data.image_size, data.image_size),
             "mean": tuple(data.mean),

@@ -81,24 +81,21 @@ def teacher_stage(
     *,
     name: str = "teacher",
     model: TeacherConfig | None = None,
-    num_classes: int | None = None,
-    distiller: Callable[[nn.Module], ClassifierDistiller] = Supervised,
     fingerprint: Mapping[str, Any] | None = None,
     setup: Callable[[nn.Module], TrainSetup] | None = None,
     save: Callable[[nn.Module, Path], None] | None = None,
 ) -> Stage:
     """Gives the artefact `name`, a saved timm folder: from weights, or trained on `data.train` and cached.
 
-    `distiller` makes the training objective out of the fresh network; a method that changes it, the data or the
-    classes adds what it changed to `fingerprint`. `setup(network)` and `save(network, folder)` replace the whole
-    set-up of the training and what is written at its end.
+    `setup(network)` and `save(network, folder)` replace supervised training on the labels and what is written at its
+    end. A method that changes these, the data or the classes adds what it changed to `fingerprint`.
     """
     teacher = model or config.teacher
 
     def from_weights(context: RunContext) -> Artefacts:
-        network = create_model(teacher, data, field=name, num_classes=num_classes)
+        network = create_model(teacher, data, field=name)
         if context.is_main:
-            save_model(network, context.folder / name, data, class_names=data.class_names[:num_classes])
+            save_model(network, context.folder / name, data)
         context.accelerator.wait_for_everyone()
         return {name: context.folder / name}
 
@@ -107,11 +104,11 @@ def teacher_stage(
     train = teacher.train
 
     def build(context: RunContext) -> TrainSetup:
-        network = create_model(teacher, data, field=name, num_classes=num_classes)
-        return setup(network) if setup is not None else supervised_setup(distiller(network), data, train, config.seed)
+        network = create_model(teacher, data, field=name)
+        return setup(network) if setup is not None else supervised_setup(Supervised(network), data, train, config.seed)
 
     def write(network: nn.Module, folder: Path) -> None:
-        save_model(network, folder, data, class_names=data.class_names[:num_classes])
+        save_model(network, folder, data)
 
     stage = TrainStage(name, train, build, save or write, artefact=name)
     identity = {
@@ -120,7 +117,6 @@ def teacher_stage(
         "model": teacher.model_dump(mode="json", exclude={"cache"}),
         "data": data.config.model_dump(mode="json"),
         "seed": config.seed,
-        "classes": num_classes,
         **(fingerprint or {}),
     }
     return CachedStage(stage, identity)

@@ -31,7 +31,6 @@ class Panel:
     title: str
     lines: list[Line]
     note: str = ""
-    is_term: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _term_panel(name: str, terms: Sequence[tuple[int, Term]]) -> Panel:
     else:
         note = f"weight {min(ratios):.4g} to {max(ratios):.4g}"
     one = note == "weight 1"
-    return Panel(name, [Line(run, term.raw, None if one else term.weighted) for run, term in terms], note, is_term=True)
+    return Panel(name, [Line(run, term.raw, None if one else term.weighted) for run, term in terms], note)
 
 
 def _weights(term: Term) -> list[float]:
