@@ -37,7 +37,7 @@ class SeededSampler(Sampler[SampleKey]):
         epoch = self.epoch
         if not self.shuffle:
             return iter([(epoch, index) for index in range(self.size)])
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         return iter([(epoch, index) for index in torch.randperm(self.size, generator=generator).tolist()])
 
 
@@ -56,14 +56,14 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, key: SampleKey) -> Any:
         epoch, index = key
-        with seeded(_mix(self.seed, epoch, index)):
+        with seeded(mix(self.seed, epoch, index)):
             return self.dataset[index]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         if not _reads_batches(self.dataset):
             return self._one_by_one(keys)
         indices = [index for _, index in keys]
-        with seeded(_mix(self.seed, keys[0][0], *indices)):
+        with seeded(mix(self.seed, keys[0][0], *indices)):
             return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
 
     def _one_by_one(self, keys: Sequence[SampleKey]) -> list[Any]:
@@ -71,7 +71,7 @@ class SeededDataset(Dataset[Any]):
         items = []
         with _restored():
             for epoch, index in keys:
-                _seed(_mix(self.seed, epoch, index))
+                _seed(mix(self.seed, epoch, index))
                 items.append(self.dataset[index])
         return items
 
@@ -132,7 +132,7 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch every accelerator too
 
 
-def _mix(*parts: int) -> int:
+def mix(*parts: int) -> int:
     """One 63-bit seed from several numbers; neighbours give unrelated seeds (splitmix64 finaliser)."""
     state = 0
     for part in parts:

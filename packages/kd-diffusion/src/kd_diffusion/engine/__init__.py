@@ -1,0 +1,1 @@
+"""Mathematics that the methods of this package share."""

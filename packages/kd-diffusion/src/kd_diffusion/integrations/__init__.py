@@ -1,0 +1,1 @@
+"""The diffusers side: pipelines in and out, attention processors."""

@@ -1,0 +1,241 @@
+"""Diffusers pipelines in and out: open a teacher, save a student that stock diffusers loads and samples from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd_diffusion.engine.denoiser import Denoiser
+from kd_diffusion.engine.process import EDM, VP, Flow, Process, process_of
+from kd_diffusion.integrations.conditioners import ClassConditioner, NoConditioner, TextConditioner, conditioner_of
+from kdcore.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Space(nn.Module):
+    """The space that diffusion runs in: latents of a VAE (scaled and shifted as its config says), or pixels."""
+
+    def __init__(self, vae: nn.Module | None, shape: tuple[int, int, int]):
+        super().__init__()
+        self.vae, self.shape = vae, shape
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] -> a sample of the latents, (B, *shape)."""
+        if self.vae is None:
+            return pixels
+        encoded = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype)).latent_dist.sample()
+        return ((encoded - self._shift()) * self.vae.config.scaling_factor).to(pixels.dtype)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Diffusion space -> pixels in about [-1, 1]."""
+        return x if self.vae is None else self.decode_with_grad(x)
+
+    def decode_with_grad(self, x: Tensor) -> Tensor:
+        """`decode` with a graph to x, for losses on pixels."""
+        if self.vae is None:
+            return x
+        latents = x / self.vae.config.scaling_factor + self._shift()
+        return self.vae.decode(latents.to(next(self.vae.parameters()).dtype), return_dict=False)[0].to(x.dtype)
+
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
+
+
+@dataclass
+class Opened:
+    """A pipeline, taken apart."""
+
+    pipe: Any
+    slot: str  # "unet" or "transformer": where the pipeline keeps its network
+    denoiser: Denoiser
+    conditioner: NoConditioner | ClassConditioner | TextConditioner
+    space: Space
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
+
+    def denoiser_for(self, network: nn.Module) -> Denoiser:
+        """Another network behind this pipeline's noise process and prediction type."""
+        return Denoiser(network, self.denoiser.process, self.denoiser.prediction_type)
+
+    def copied(self) -> Denoiser:
+        """A trainable float32 copy of the network."""
+        return self.denoiser_for(copy.deepcopy(self.network).float().train().requires_grad_(True))
+
+
+def open_pipeline(
+    name: str | Path,
+    *,
+    field: str = "teacher",
+    dtype: str = "fp32",
+    variant: str | None = None,
+    null_class: int | None = None,
+) -> Opened:
+    """Opens a pipeline by hub name or folder; weights from safetensors alone.
+
+    Raises InputError that names `field` where it cannot be loaded or holds no network that is known.
+    """
+    from diffusers import DiffusionPipeline
+
+    local = Path(name).exists()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(name), torch_dtype=DTYPES[dtype], variant=variant, use_safetensors=True, local_files_only=local
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{field} = '{name}': no diffusers pipeline could be loaded ({reason})") from None
+    return opened(pipe, field=field, null_class=null_class)
+
+
+def opened(pipe: Any, *, field: str = "teacher", null_class: int | None = None) -> Opened:
+    """A pipeline in memory, taken apart. Raises InputError like `open_pipeline`."""
+    slot = next((name for name in ("unet", "transformer") if getattr(pipe, name, None) is not None), None)
+    if slot is None:
+        raise InputError(f"{field}: {type(pipe).__name__} has neither a unet nor a transformer")
+    network = getattr(pipe, slot)
+    process, prediction_type = process_of(pipe.scheduler)
+    vae = getattr(pipe, "vae", None)
+    space = Space(vae, latent_shape(network))
+    return Opened(
+        pipe, slot, Denoiser(network, process, prediction_type), conditioner_of(pipe, network, null_class), space
+    )
+
+
+def latent_shape(network: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the network's samples, from its config."""
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = network.config.in_channels
+    if type(network).__name__ == "FluxTransformer2DModel":
+        channels //= 4  # it reads 2x2 patches
+    return channels, height, width
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_student(
+    opened: Opened, network: nn.Module, folder: Path, scheduler: Any, *, extra: dict[str, Any] | None = None
+) -> None:
+    """Writes the teacher's pipeline with this network and scheduler; stock diffusers loads the folder.
+
+    `extra` is written to kd.json beside model_index.json: what a reader of the folder should know (levels, method).
+    """
+    lora = has_lora(network)
+    if lora:
+        save_lora(opened, network, folder / "lora")
+        network = merged(network)
+    pipe = copy.copy(opened.pipe)
+    pipe._internal_dict = copy.deepcopy(dict(opened.pipe._internal_dict))
+    pipe.register_modules(**{opened.slot: network, "scheduler": scheduler})
+    pipe.save_pretrained(folder, safe_serialization=True)
+    if extra:
+        (folder / "kd.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+
+
+def has_lora(network: nn.Module) -> bool:
+    return bool(getattr(network, "peft_config", None))
+
+
+def save_lora(opened: Opened, network: nn.Module, folder: Path) -> None:
+    """The adapters as a file that the pipeline's `load_lora_weights(folder)` loads, with rank and alpha.
+
+    A pipeline without LoRA loading of its own gets the file of `network.load_lora_adapter`.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    if not hasattr(opened.pipe, "save_lora_weights"):
+        network.save_lora_adapter(folder, adapter_name="default")
+        return
+    from diffusers.training_utils import _collate_lora_metadata
+
+    opened.pipe.save_lora_weights(
+        folder,
+        **{f"{opened.slot}_lora_layers": get_peft_model_state_dict(network)},
+        **_collate_lora_metadata({opened.slot: network}),
+    )
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A copy with the adapters folded into the weights."""
+    network = copy.deepcopy(network)
+    network.fuse_lora()
+    network.unload_lora()
+    return network
+
+
+def sampler_config(
+    teacher_scheduler: Any,
+    prediction_type: str,
+    process: Process,
+    indices: list[int],
+    *,
+    start: Literal["unit", "noised"] = "unit",
+) -> Any:
+    """A stock scheduler with which `pipe(.., num_inference_steps=N)` takes the student's own steps.
+
+    EDM: CMStochasticIterativeScheduler. Flow: FlowMatchEulerDiscreteScheduler that draws new noise in each step (give
+    `sigmas=` the levels). VP: the table is cut at the first level, so that one step starts there; LCMScheduler, or for
+    one step from a noised zero image EulerDiscreteScheduler, whose first latent is s_t z.
+    """
+    import diffusers
+
+    config = dict(teacher_scheduler.config)
+    if isinstance(process, EDM):
+        return diffusers.CMStochasticIterativeScheduler(
+            num_train_timesteps=process.size,
+            sigma_min=process.boundary,
+            sigma_max=float(process.at(torch.tensor([indices[0]]))),
+            sigma_data=process.sigma_data,
+            rho=process.rho,
+            clip_denoised=False,
+        )
+    if isinstance(process, Flow):
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
+    if not isinstance(process, VP):
+        return copy.deepcopy(teacher_scheduler)
+    betas = vp_betas(process)[: indices[0] + 1]
+    common = {
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas,
+        "prediction_type": prediction_type,
+        "steps_offset": 0,
+    }
+    if start == "noised" and len(indices) == 1:
+        return diffusers.EulerDiscreteScheduler(**common, timestep_spacing="trailing")
+    return diffusers.LCMScheduler(
+        **common,
+        original_inference_steps=len(indices),
+        timestep_scaling=1e9,  # LCM's boundary scalings become 0 and 1: the step gives x itself
+        clip_sample=False,
+        set_alpha_to_one=True,
+        rescale_betas_zero_snr=False,
+    )
+
+
+def vp_betas(process: VP) -> list[float]:
+    """beta_t = 1 - abar_t / abar_{t-1}."""
+    abar = process.alphas_cumprod
+    previous = torch.cat((torch.ones(1, dtype=abar.dtype, device=abar.device), abar[:-1]))
+    return (1 - abar / previous).tolist()
+
+
+def copy_pipeline(source: Path, target: Path) -> None:
+    """Copies a pipeline folder."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
