@@ -193,18 +193,32 @@ def test_shrunk_sides_fit(height, width):
 # ---------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("name", ["student/nll", "val_loss", "negative_flip_rate", "teacher/ece", "perplexity"])
+LOWER = ["student/nll", "val_loss", "negative_flip_rate", "teacher/ece", "perplexity"]
+LOWER_OF_GENERATION = [
+    "frechet",
+    "student/mmd",
+    "mode_kl",
+    "energy_distance",
+    "sliced_wasserstein",
+    "seconds_per_sample",
+]
+HIGHER_OF_GENERATION = ["teacher/density", "student/coverage", "mode_coverage", "mode_precision", "recall"]
+
+
+@pytest.mark.parametrize("name", LOWER + LOWER_OF_GENERATION)
 def test_smaller_is_better(name):
     assert direction(name) == -1
     assert best_of(name, [0.2, 0.1, None, float("nan")]) == {1}
 
 
-@pytest.mark.parametrize("name", ["student/parameters", "seconds", "out_of_domain_share", "feature_norm"])
+@pytest.mark.parametrize(
+    "name", ["student/parameters", "seconds", "diversity_ratio", "out_of_domain_share", "feature_norm"]
+)
 def test_names_that_do_not_tell(name):
     assert direction(name) == 0
 
 
-@pytest.mark.parametrize("name", ["student/accuracy", "agreement", "miou", "positive_flip_rate"])
+@pytest.mark.parametrize("name", ["student/accuracy", "agreement", "miou", "positive_flip_rate", *HIGHER_OF_GENERATION])
 def test_larger_is_better(name):
     assert direction(name) == 1
     assert best_of(name, [0.2, 0.1, 0.2]) == {0, 2}

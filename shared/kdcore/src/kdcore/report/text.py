@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-_LOWER_PARTS = ("nll", "loss", "error", "flip", "ece")
+_LOWER_PARTS = ("nll", "loss", "error", "flip", "ece", "seconds_per")
 _LOWER_WORDS = {"perplexity", "mse", "rmse", "mae", "fid", "lpips", "kl", "divergence", "distance", "latency", "brier"}
+_LOWER_WORDS |= {"frechet", "kid", "mmd", "wasserstein"}
 _HIGHER_WORDS = {"accuracy", "agreement", "auc", "coverage", "f1", "iou", "map", "miou", "nds", "precision", "psnr"}
-_HIGHER_WORDS |= {"recall", "sensitivity", "specificity", "ssim", "top1", "top5"}
-_FRACTION_WORDS = {"accuracy", "agreement", "top1", "top5", "recall", "precision", "f1", "iou", "miou"}
+_HIGHER_WORDS |= {"density", "recall", "sensitivity", "specificity", "ssim", "top1", "top5"}
+_FRACTION_WORDS = {"accuracy", "agreement", "coverage", "top1", "top5", "recall", "precision", "f1", "iou", "miou"}
 
 
 def esc(value: Any) -> str:
