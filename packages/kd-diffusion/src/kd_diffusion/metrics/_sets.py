@@ -13,16 +13,21 @@ BLOCK_BYTES = 2**25  # of one (rows, M) block of distances
 
 
 def vectors(name: str, values: Tensor, *, at_least: int = 1) -> Tensor:
-    """(N, ...) -> (N, D) float64, trailing dimensions flattened. InputError when N < at_least or a value is not finite."""
+    """(N, ...) -> (N, D) float64, trailing dimensions flattened; InputError as by `check_finite`."""
+    check_finite(name, values, at_least=at_least)
+    flat = values.detach().flatten(1)
+    return (flat.cpu() if flat.device.type == "mps" else flat).double()  # Metal has no float64
+
+
+def check_finite(name: str, values: Tensor, *, at_least: int = 1) -> None:
+    """InputError unless values are (N, ...) of floating point, N >= at_least, with neither NaN nor infinity."""
     if values.ndim < 2 or not values.dtype.is_floating_point:
         raise InputError(f"{name}: given {tuple(values.shape)} {values.dtype}, allowed: (N, ...) of floating point")
     if len(values) < at_least:
         raise InputError(f"{name}: given {len(values)} samples, allowed: at least {at_least}")
-    flat = values.detach().flatten(1).double()
-    broken = int((~flat.isfinite()).any(1).sum())
+    broken = int((~values.isfinite()).flatten(1).any(1).sum())
     if broken:
-        raise InputError(f"{name}: {broken} of {len(flat)} samples hold NaN or infinite values, allowed: finite values")
-    return flat
+        raise InputError(f"{name}: {broken} of {len(values)} samples hold NaN or infinity, allowed: finite values")
 
 
 def pair(samples: Tensor, reference: Tensor, *, at_least: int = 1) -> tuple[Tensor, Tensor]:

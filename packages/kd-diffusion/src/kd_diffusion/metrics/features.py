@@ -3,7 +3,7 @@
     frechet_distance    Heusel et al., arXiv 1706.08500, eq. 6          between two Gaussians
     kernel_distance     Binkowski et al., arXiv 1801.01401 (KID)        unbiased MMD^2 with the cubic kernel
     precision_recall    Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2  k-nearest-neighbour manifolds
-    density_coverage    Naeem et al., arXiv 2002.09797, eq. 3-4         the same, without their sensitivity to outliers
+    density_coverage    Naeem et al., arXiv 2002.09797, section 3       the same, without their sensitivity to outliers
     prdc                all four in one pass over the pairs
     diversity           mean distance of two samples of one class, per class
 
@@ -27,8 +27,8 @@ KERNEL_BLOCK = 2000  # samples of one kernel matrix
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     """|m - m_r|^2 + tr(S + S_r - 2 (S S_r)^(1/2)) of the means and covariances (divisor N - 1) of two sets; >= 0.
 
-    Args: samples (N, F), reference (M, F), floating point; N, M >= 2. With N or M below F the covariance is singular and
-    the distance biased upwards: compare only runs of equal N and M. Raises: InputError on shapes and NaN.
+    Args: samples (N, F), reference (M, F), floating point; N, M >= 2. The estimate is biased upwards, the
+    more the fewer samples: compare only runs of equal N and M. Raises: InputError on shapes and NaN.
     Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
 
     >>> x = torch.tensor([[0.0], [2.0]])
@@ -54,7 +54,7 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, seed: int = 0) -> flo
 
     Sets above 2000 samples are dealt at random (by `seed`) into blocks of at most that size, and the blocks' estimates,
     each unbiased, are averaged: memory stays at one block's matrix.
-    Args: samples (N, F), reference (M, F), N, M >= 2. Source: Binkowski et al. 2018 (arXiv 1801.01401), eq. 4.
+    Args: samples (N, F), reference (M, F), N, M >= 2. Source: Binkowski et al. 2018 (arXiv 1801.01401).
     """
     x, y = pair(samples, reference, at_least=2)
     blocks = min(-(-max(len(x), len(y)) // KERNEL_BLOCK), len(x) // 2, len(y) // 2)
@@ -80,9 +80,10 @@ def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> PRDC:
         precision = mean_j 1[y_j in some ball of a reference x_i]     recall = the same with the two sets exchanged
         density = 1/(k N) sum_ij 1[y_j in ball of x_i]                coverage = mean_i 1[some y_j in ball of x_i]
 
-    Balls are closed, so a point at exactly the k-th neighbour's distance is inside.
+    Balls are closed: a point at exactly the k-th neighbour's distance is inside. (The authors' code of density and
+    coverage leaves it out, which makes a difference for repeated points only.)
     Args: samples y (N, F), reference x (M, F), N, M > k >= 1. Raises: InputError on shapes, NaN, too few samples.
-    Source: precision, recall arXiv 1904.06991, eq. 1-2; density, coverage arXiv 2002.09797, eq. 3-4.
+    Source: precision, recall arXiv 1904.06991, eq. 1-2; density, coverage arXiv 2002.09797, section 3.
     """
     if not isinstance(k, int) or k < 1:
         raise InputError(f"k: given {k!r}, allowed: an integer >= 1")
@@ -110,20 +111,20 @@ def _prdc(y: Tensor, x: Tensor, k: int) -> PRDC:
 def _neighbour_distance(x: Tensor, k: int) -> Tensor:
     """(N,) distance of each point to the k-th nearest other one."""
     found = []
-    for rows, distance in distance_blocks(x, x):
+    for _, distance in distance_blocks(x, x):
         # A point is its own nearest one at distance 0, so the k-th other one is at place k + 1.
         found.append(distance.kthvalue(k + 1, dim=1).values)
     return torch.cat(found)
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall) of `prdc`; k = 3 is the choice of arXiv 1904.06991, section 4."""
+    """(precision, recall) of `prdc`; k = 3 is the choice of arXiv 1904.06991."""
     found = prdc(samples, reference, k)
     return found.precision, found.recall
 
 
 def density_coverage(samples: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
-    """(density, coverage) of `prdc`; k = 5 is the choice of arXiv 2002.09797, section 4."""
+    """(density, coverage) of `prdc`; k = 5 is the choice of arXiv 2002.09797."""
     found = prdc(samples, reference, k)
     return found.density, found.coverage
 
@@ -146,7 +147,7 @@ def diversity(features: Tensor, labels: Tensor | None = None) -> dict[int, float
 def diversity_ratio(
     samples: Tensor, reference: Tensor, labels: Tensor | None = None, reference_labels: Tensor | None = None
 ) -> dict[int, float]:
-    """Class -> `diversity` of the samples over that of the reference: 0 is a collapsed class, 1 as diverse as real ones.
+    """Class -> `diversity` of the samples over that of the reference: 0 is a collapsed class, 1 a real one.
 
     Labels are (N,) and (M,), or None for both. Raises: InputError when no class is in both sets with two samples, or a
     class of the reference is a single repeated point.

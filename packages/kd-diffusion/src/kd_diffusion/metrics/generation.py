@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_diffusion.metrics._sets import labels_of, pair
+from kd_diffusion.metrics._sets import check_finite, labels_of
 from kd_diffusion.metrics.features import frechet_distance, kernel_distance, prdc
 from kd_diffusion.metrics.network import FeatureNet, embed
 from kdcore.errors import InputError
@@ -59,7 +59,8 @@ def generation_metrics(
         k: neighbours that define the balls of precision, recall, density and coverage.
     Raises: InputError on shapes, labels, too few samples for k, and NaN.
     """
-    pair(samples, reference)  # NaN in the pixels would be clamped or hidden by a rectifier
+    for name, pixels in (("samples", samples), ("reference", reference)):
+        check_finite(name, pixels)
     found, real = embed(net, samples.clamp(-1, 1)), embed(net, reference.clamp(-1, 1))
     balls = prdc(found.features, real.features, k)
     metrics = {"frechet": frechet_distance(found.features, real.features), **balls._asdict()}
@@ -89,8 +90,9 @@ def torchmetrics_fid(
     if feature not in (64, 192, 768, 2048):
         raise InputError(f"feature: given {feature}, allowed: 64, 192, 768, 2048")
     for name, pixels in (("samples", samples), ("reference", reference)):
-        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or len(pixels) < 2 or not bool(pixels.isfinite().all()):
-            raise InputError(f"{name}: given {tuple(pixels.shape)}, allowed: finite (N, 1 or 3, H, W) with N >= 2")
+        check_finite(name, pixels, at_least=2)
+        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            raise InputError(f"{name}: given {tuple(pixels.shape)}, allowed: (N, 1 or 3, H, W)")
     metric = _inception(feature, weights).to(device)
     for pixels, real in ((samples, False), (reference, True)):
         for part in pixels.split(batch_size):
@@ -101,9 +103,9 @@ def torchmetrics_fid(
 def _inception(feature: int, weights: Path | str | None) -> Any:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    if weights is not None and not Path(weights).is_file():
-        raise InputError(f"weights: {weights}: no such file")
     path = None if weights is None else str(weights)
+    if path is not None:
+        _check_plain(path)
     try:
         return FrechetInceptionDistance(feature, normalize=True, feature_extractor_weights_path=path)
     except ModuleNotFoundError:
@@ -111,6 +113,16 @@ def _inception(feature: int, weights: Path | str | None) -> Any:
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # no network (URLError is an OSError), broken file
         source = weights or "torch-fidelity's download"
         raise InputError(f"weights: Inception's weights cannot be had from {source} ({error})") from None
+
+
+def _check_plain(path: str) -> None:
+    """InputError unless the file holds plain tensors only: torch-fidelity itself would unpickle whatever is in it."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"weights: {path}: no such file") from None
+    except Exception:  # its messages are paragraphs about how to load an untrusted file all the same
+        raise InputError(f"weights: {path}: not a checkpoint of plain tensors; no other is read") from None
 
 
 def seconds_per_sample(function: Callable[[int], Any], count: int, *, repeats: int = 5, warmup: int = 1) -> float:

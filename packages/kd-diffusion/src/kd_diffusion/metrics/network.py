@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd_diffusion.metrics._sets import labels_of
+from kd_diffusion.metrics._sets import check_finite, labels_of
 from kdcore.checkpoint import load_weights
 from kdcore.data import seeded
 from kdcore.errors import InputError
@@ -46,11 +46,12 @@ class FeatureNet(nn.Module):
         self.config = {"channels": channels, "image_size": image_size, "num_classes": num_classes, "width": width}
         sizes = [(channels, width // 2, 2 if image_size >= 16 else 1), (width // 2, width, 2)]
         sizes += [(width, width, 1), (width, width, 2)]
-        self.convolutions = nn.ModuleList(nn.Conv2d(i, o, 3, stride=stride, padding=1) for i, o, stride in sizes)
+        convolutions = [nn.Conv2d(i, o, 3, stride=stride, padding=1) for i, o, stride in sizes]
         self.classifier = nn.Linear(width, num_classes)
-        for convolution in self.convolutions:
+        for convolution in convolutions:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]
+        self.convolutions = nn.ModuleList(convolutions)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels (N, C, H, W) in [-1, 1] -> (N, width). InputError for images of another shape."""
@@ -79,16 +80,20 @@ def train_features(
 ) -> FeatureNet:
     """A FeatureNet trained on pixels (N, C, S, S) in [-1, 1] with labels (N,); the same one for the same arguments.
 
-    AdamW with a one-cycle learning rate and shifts by up to one pixel; `device` None is that of the pixels. The caller's
-    random state stays as it was. Returns it frozen, in eval mode, on `device`. Raises: InputError on shapes and labels.
+    AdamW with a one-cycle learning rate and shifts by up to one pixel; `device` None is that of the pixels. The
+    caller's random state stays as it was. Returns it frozen, in eval mode, on `device`.
+    Raises: InputError on shapes, labels, steps and batch_size.
     """
-    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or len(pixels) == 0:
-        raise InputError(f"pixels: given {tuple(pixels.shape)}, allowed: (N, C, S, S) with N > 0")
+    check_finite("pixels", pixels)
+    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3]:
+        raise InputError(f"pixels: given {tuple(pixels.shape)}, allowed: (N, C, S, S)")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name}: given {value}, allowed: >= 1")
     labels = labels_of("labels", labels, len(pixels)).long()
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise InputError(
-            f"labels: given {int(labels.min())} to {int(labels.max())}, allowed: 0 to num_classes - 1 = {num_classes - 1}"
-        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise InputError(f"labels: given {low} to {high}, allowed: 0 to num_classes - 1 = {num_classes - 1}")
     device = pixels.device if device is None else torch.device(device)
     with seeded(seed):
         net = FeatureNet(pixels.shape[1], pixels.shape[2], num_classes).to(device)
@@ -96,8 +101,8 @@ def train_features(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.1)
         for _ in range(steps):
             index = torch.randint(len(pixels), (min(batch_size, len(pixels)),))
-            rolled = _shifted(pixels[index.to(pixels.device)].float()).to(device)
-            loss = F.cross_entropy(net(rolled), labels[index.to(labels.device)].to(device))
+            images = _shifted(pixels[index.to(pixels.device)].float()).to(device)
+            loss = F.cross_entropy(net(images), labels[index.to(labels.device)].to(device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -121,7 +126,8 @@ class Embedded(NamedTuple):
 
 @torch.no_grad()
 def embed(net: FeatureNet, pixels: Tensor, *, batch_size: int = 512) -> Embedded:
-    """Features and logits of pixels (N, C, H, W), `batch_size` at a time, on the network's device."""
+    """Features and logits of pixels (N, C, H, W), N > 0, `batch_size` at a time, on the network's device."""
+    check_finite("pixels", pixels)
     device = net.classifier.weight.device
     features = torch.cat([net.features(part.to(device).float()) for part in pixels.split(batch_size)])
     return Embedded(features, net.classifier(features))
