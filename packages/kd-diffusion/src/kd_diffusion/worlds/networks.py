@@ -46,8 +46,8 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
     ):
         super().__init__()
-        # The numbers are the config's; the buffer gives the module a device, a dtype and a file.
-        self.register_buffer("means", torch.tensor(means, dtype=torch.float32))
+        # The numbers are the config's; the parameter gives the module a device, a dtype and a file.
+        self.means = nn.Parameter(torch.tensor(means, dtype=torch.float32), requires_grad=False)
         self._mixture: GaussianMixture | None = None
 
     @property
