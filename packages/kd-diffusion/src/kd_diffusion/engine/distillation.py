@@ -20,7 +20,7 @@ from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.draws import Draws, Turn
 from kd_diffusion.engine.meter import NoiseLevelMeter
 from kd_diffusion.engine.process import EDM, add_noise, target
-from kd_diffusion.engine.rollout import Start, rollout
+from kd_diffusion.engine.rollout import Start, rollout, start_noise
 from kd_diffusion.engine.score import dmd_weight, edm_weight, inject, weighted_error
 from kd_diffusion.engine.timesteps import TimesConfig, sample_times
 from kdcore.config import EMAConfig, MethodConfig, OptimizerConfig
@@ -156,7 +156,7 @@ class ScoreDistiller(Distiller):
     def sample(self, batch: dict[str, Any], player: str, *, grad: bool) -> Sample:
         """The generator's samples for the batch's conditions; which of its steps is drawn, one for all."""
         condition = self.condition(batch)
-        draw = self.draws.turn(f"sample {player}", self.progress.step, self.device)
+        draw = self.sample_draw(player)
         stop = draw.one_integer(len(self.indices)) if len(self.indices) > 1 else 0
         shape = (batch_size(batch), *self.space.shape)
         x = rollout(
@@ -170,6 +170,14 @@ class ScoreDistiller(Distiller):
             start=self.start,
         )
         return Sample(x, condition, stop)
+
+    def sample_draw(self, player: str) -> Turn:
+        """The random numbers that a player's samples are made of."""
+        return self.draws.turn(f"sample {player}", self.progress.step, self.device)
+
+    def first_input(self, noise: Tensor, t: Tensor) -> Tensor:
+        """What the generator's first step sees."""
+        return start_noise(self.process, noise, t, self.start)
 
     def _keep(self, sample: Sample) -> None:
         if self.reuse_samples:

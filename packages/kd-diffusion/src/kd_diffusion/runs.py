@@ -1,0 +1,343 @@
+"""The run config of diffusion distillation and the stages that its methods share.
+
+`score_method` registers a method with the usual stages: a teacher (a pipeline by name, or one of the embedded worlds,
+trained once and cached), a feature network for the metrics, and a student. Methods with other stages build their list
+from `prepare`, `student_stage` and `evaluate`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from kd_diffusion import __version__
+from kd_diffusion import evaluation as ev
+from kd_diffusion.data import Data, DataConfig, Samples, load_data, loader
+from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller
+from kd_diffusion.engine.lora import LoRAConfig, add_lora
+from kd_diffusion.engine.process import EDM
+from kd_diffusion.engine.rollout import Start
+from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student
+from kd_diffusion.snapshots import Snapshots
+from kd_diffusion.worlds import WorldConfig, world_stages
+from kdcore.config import Config, RunConfig, TrainConfig
+from kdcore.errors import InputError
+from kdcore.method import Method
+from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
+from kdcore.training import TrainSetup, TrainStage
+
+A = TypeVar("A", bound=ScoreArgs)
+
+
+class TeacherConfig(Config):
+    """A diffusers pipeline by hub name or folder, or a world that is built and trained in the run."""
+
+    pretrained: str | None = Field(None, description="hub name or folder of a diffusers pipeline")
+    variant: str | None = Field(None, description="variant of the weight files, such as fp16")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the frozen weights")
+    null_class: int | None = Field(None, ge=0, description="label that stands for no class (UNet2DModel)")
+    world: WorldConfig | None = Field(None, description="an embedded world, instead of pretrained")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherConfig:
+        if (self.pretrained is None) == (self.world is None):
+            raise ValueError("needs a source: give either pretrained or world")
+        return self
+
+
+class StudentConfig(Config):
+    pretrained: str | None = Field(None, description="pipeline to start from (a one-step model); None: the teacher")
+    lora: LoRAConfig | None = Field(None, description="train adapters alone; None: all weights")
+
+
+class DiffusionRun(RunConfig, Generic[A]):
+    """The config of a run."""
+
+    teacher: TeacherConfig
+    student: StudentConfig = Field(default_factory=lambda: StudentConfig.model_validate({}))
+    data: DataConfig = Field(default_factory=DataConfig)
+    method_args: A
+    evaluation: ev.EvaluationConfig = Field(default_factory=lambda: ev.EvaluationConfig.model_validate({}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_arguments(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method_args") is None:
+            return {**values, "method_args": {}}
+        return values
+
+
+Run = DiffusionRun[Any]
+Build = Callable[[Any, Networks], ScoreDistiller]
+
+
+# ---------------------------------------------------------------- stages
+
+
+def prepare(config: Run, data: Data) -> list[Stage]:
+    """The stages before the student's: the teacher's where it is a world, and the feature network."""
+    stages: list[Stage] = []
+    if config.teacher.world is not None:
+        stages += world_stages(config.teacher.world, data, config.seed)
+    if uses_features(data):
+        stages.append(features_stage(config, data))
+    return stages
+
+
+def uses_features(data: Data) -> bool:
+    """Whether the metrics are computed in the features of a classifier of the data."""
+    return data.mixture is None and data.train.labels is not None and data.train.has_images and len(data.held_out) > 0
+
+
+def features_stage(config: Run, data: Data) -> Stage:
+    """Gives the artefact `features`: a classifier of the training images, cached."""
+
+    def run(context: RunContext) -> Artefacts:
+        from kd_diffusion.metrics import save_features, train_features
+
+        folder = context.folder / "features"
+        if context.is_main:
+            assert data.train.labels is not None
+            net = train_features(data.train.pixels, data.train.labels, data.num_classes, config.seed)
+            save_features(net, folder)
+        context.accelerator.wait_for_everyone()
+        return {"features": folder}
+
+    identity = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "data": data.config.model_dump(mode="json"),
+        "seed": config.seed,
+    }
+    return CachedStage(Procedure("features", run), identity)
+
+
+def open_teacher(config: Run, artefacts: Artefacts, data: Data, *, name: str = "teacher") -> Opened:
+    """The teacher's pipeline, from its folder in the run or by its name."""
+    teacher = config.teacher
+    null = teacher.null_class
+    if teacher.world is not None:
+        if name == "teacher" and teacher.world.name == "digits_unet":
+            null = data.num_classes
+        return open_pipeline(artefacts[name], field="teacher", dtype=teacher.dtype, null_class=null)
+    assert teacher.pretrained is not None
+    return open_pipeline(
+        teacher.pretrained, field="teacher.pretrained", dtype=teacher.dtype, variant=teacher.variant, null_class=null
+    )
+
+
+def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data) -> Networks:
+    """Teacher, and trainable copies for fake score and generator.
+
+    The copies start from the teacher; from the artefact `start` where the teacher is a formula; the generator from
+    `student.pretrained` where that is given.
+    """
+    source = open_teacher(config, artefacts, data, name="start") if "start" in artefacts else opened
+    generator = fake = source
+    if config.student.pretrained is not None:
+        generator = open_pipeline(config.student.pretrained, field="student.pretrained")
+        check_same_space(generator, opened, "student.pretrained")
+    networks = Networks(
+        teacher=opened.denoiser,
+        fake=opened.denoiser_for(trainable(fake.network)),
+        generator=opened.denoiser_for(trainable(generator.network)),
+        conditioner=opened.conditioner,
+        space=opened.space,
+    )
+    if config.student.lora is not None:
+        add_lora(networks.generator.network, config.student.lora, field="student.lora")
+    return networks
+
+
+def trainable(network: nn.Module) -> nn.Module:
+    """A float32 copy, all of it trainable."""
+    return copy.deepcopy(network).float().train().requires_grad_(True)
+
+
+def check_same_space(student: Opened, teacher: Opened, field: str) -> None:
+    """Raises InputError where a student's network does not fit the teacher's samples or condition."""
+    if student.space.shape != teacher.space.shape:
+        raise InputError(f"{field}: its samples are {student.space.shape}, the teacher's {teacher.space.shape}")
+    if type(student.network) is not type(teacher.network):
+        have, want = type(student.network).__name__, type(teacher.network).__name__
+        raise InputError(f"{field}: its network is a {have}, the teacher's a {want}")
+
+
+def make_loader(config: Run, opened: Opened, data: Data, *, batch_factor: int = 1) -> Any:
+    """Batches of the training part: encoded once where it is in memory, tokens where the teacher reads text."""
+    part = data.train
+    x = None
+    if part.images is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            x = torch.cat([opened.space.encode(chunk) for chunk in part.images.split(256)])
+    wanted = ev.requests(opened, part, len(part))
+    tokens = {name: value for name, value in wanted.batch.items() if name not in ("index", "class_labels")}
+    return loader(
+        Samples(part, x=x, tokens=tokens),
+        config.train.batch_size * batch_factor,
+        config.seed,
+        num_workers=config.train.num_workers,
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the student of a method steps: from unit noise or the noised zero image, at which levels."""
+
+    start: Start = "unit"
+    floor: bool = False
+
+
+def student_stage(
+    config: Run,
+    data: Data,
+    build: Build,
+    *,
+    name: str = "student",
+    train: TrainConfig | None = None,
+    artefact: str = "student",
+    sampling: Sampling = Sampling(),
+    batch_factor: int = 1,
+    networks: Callable[[Run, Opened, Artefacts, Data], Networks] = make_networks,
+) -> TrainStage:
+    """Trains the distiller that `build(config, networks)` makes; gives a diffusers pipeline folder."""
+    budget = train or config.train
+    kept: dict[str, Opened] = {}
+
+    def setup(context: RunContext) -> TrainSetup:
+        opened = kept["teacher"] = open_teacher(config, context.artefacts, data)
+        check_data(opened, data, config)
+        distiller = build(config, networks(config, opened, context.artefacts, data))
+        kept["levels"] = distiller.indices  # type: ignore[assignment]
+        batches = make_loader(config, opened, data, batch_factor=batch_factor)
+        return TrainSetup(distiller, batches, Snapshots(context, name, opened, data, distiller, sampling.start))
+
+    def save(network: nn.Module, folder: Path) -> None:
+        opened = kept["teacher"]
+        save_pipeline(config, opened, network, folder, kept["levels"], sampling)  # type: ignore[arg-type]
+
+    # The generator's player has the average; the fake score would only waste memory on one.
+    return TrainStage(name, budget.model_copy(update={"ema": None}), setup, save, artefact)
+
+
+def save_pipeline(
+    config: Run, opened: Opened, network: nn.Module, folder: Path, indices: list[int], sampling: Sampling
+) -> None:
+    """The student as a pipeline folder whose scheduler takes its steps."""
+    scheduler = sampler_config(
+        opened.pipe.scheduler, opened.denoiser.prediction_type, opened.process, indices, start=sampling.start
+    )
+    extra = {
+        "method": config.method,
+        "num_inference_steps": len(indices),
+        "levels": indices,
+        "first_latent": "s_t z" if sampling.start == "noised" else "z",
+        "guidance_scale": 1.0,
+    }
+    save_student(opened, network, folder, scheduler, extra=extra)
+
+
+def check_data(opened: Opened, data: Data, config: Run) -> None:
+    """Raises InputError where the data does not fit the teacher."""
+    shape, size = opened.space.shape, data.image_size
+    in_pixels = data.train.has_images and opened.space.vae is None and data.mixture is None
+    if in_pixels and shape != (data.channels, size, size):
+        raise InputError(f"data: images are {data.channels}x{size}x{size}, the teacher's {'x'.join(map(str, shape))}")
+    classes = getattr(opened.conditioner, "num_classes", None)
+    if classes is not None and data.train.labels is not None and classes < data.num_classes:
+        raise InputError(f"data: {data.num_classes} classes, the teacher has {classes}")
+    if config.train.batch_size > len(data.train):
+        raise InputError(f"train.batch_size = {config.train.batch_size}: larger than the {len(data.train)} samples")
+
+
+def check(config: Run, data: Data) -> None:
+    """What can be said before anything trains."""
+    args = config.method_args
+    if args.gan is not None and not data.train.has_images:
+        raise InputError("method_args.gan: needs real samples, and the data has prompts alone; give gan: null")
+    if config.teacher.pretrained is not None:
+        opened = open_teacher(config, {}, data)
+        check_data(opened, data, config)
+        if args.times.kind == "lognormal" and not isinstance(opened.process, EDM):
+            raise InputError(f"method_args.times.kind = 'lognormal': the teacher is {type(opened.process).__name__}")
+        if args.guidance_scale != 1:
+            opened.conditioner.null(1, "cpu")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    config: Run,
+    artefacts: Artefacts,
+    *,
+    data: Data | None = None,
+    sampling: Sampling = Sampling(),
+    steps: int | None = None,
+    student: Callable[[Opened], ev.Generate] | None = None,
+) -> dict[str, Any]:
+    """Metrics of the saved student and of the teacher at several numbers of steps, on the held-out conditions.
+
+    `student(opened)` replaces the usual sampler of the saved folder; it gets the opened teacher.
+    """
+    data = data or load_data(config.data, config.seed)
+    teacher = open_teacher(config, artefacts, data)
+    settings, features = config.evaluation, artefacts.get("features")
+    wanted = ev.requests(teacher, data.held_out if len(data.held_out) else data.train, settings.samples)
+    steps = steps or config.method_args.steps
+    result: dict[str, Any] = {}
+
+    def row(name: str, opened: Opened, function: ev.Generate, nfe: float) -> None:
+        pixels, seconds = ev.timed_generate(opened, wanted, function, seed=config.seed, batch_size=settings.batch_size)
+        if features is not None or data.mixture is not None:
+            result.update(ev.prefixed(name, ev.measure(data, features, pixels, wanted, seed=config.seed)))
+        result.update({f"{name}/nfe": nfe, f"{name}/seconds_per_sample": seconds})
+
+    if student is not None:
+        row("student", teacher, student(teacher), steps)
+    else:
+        own = open_student(config, artefacts["student"], teacher)
+        row("student", own, ev.student_function(own, steps, start=sampling.start, floor=sampling.floor), steps)
+        result["student/parameters"] = sum(p.numel() for p in own.network.parameters())
+    kappa = settings.guidance_scale if settings.guidance_scale is not None else config.method_args.guidance_scale
+    for count in settings.teacher_steps:
+        forwards = count * (1 if kappa in (0, 1) else 2)
+        row(f"teacher_{count}", teacher, ev.teacher_function(teacher, count, kappa), forwards)
+    return result
+
+
+def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
+    """A saved student behind the teacher's conditioner."""
+    own = open_pipeline(folder, field="student")
+    own.conditioner = teacher.conditioner
+    return own
+
+
+def score_method(
+    key: str, doc: str, arguments: type[A], build: Build, *, sampling: Sampling = Sampling(), batch_factor: int = 1
+) -> Method[Any]:
+    """A method whose stages are teacher, features, student."""
+
+    def stages(config: Run, context: RunContext) -> list[Stage]:
+        data = load_data(config.data, config.seed)
+        check(config, data)
+        student = student_stage(config, data, build, sampling=sampling, batch_factor=batch_factor)
+        return [*prepare(config, data), student]
+
+    def evaluated(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
+        return evaluate(config, artefacts, sampling=sampling)
+
+    def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
+        from kd_diffusion.pictures import comparison
+
+        return comparison(config, artefacts, count, sampling=sampling)
+
+    return Method(key, doc, DiffusionRun[arguments], stages, evaluated, predict)  # type: ignore[valid-type]
