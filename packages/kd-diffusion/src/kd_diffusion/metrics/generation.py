@@ -112,7 +112,8 @@ def _inception(feature: int, weights: Path | str | None) -> Any:
         raise InputError("torchmetrics_fid: needs the package torch-fidelity: not installed") from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # no network (URLError is an OSError), broken file
         source = weights or "torch-fidelity's download"
-        raise InputError(f"weights: Inception's weights cannot be had from {source} ({error})") from None
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise InputError(f"weights: Inception's weights cannot be had from {source} ({reason})") from None
 
 
 def _check_plain(path: str) -> None:
