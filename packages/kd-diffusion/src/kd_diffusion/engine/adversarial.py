@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kd_diffusion.engine.conditions import Condition
 from kd_diffusion.engine.denoiser import Denoiser
-from kdcore.config import Config
+from kdcore.config import Config, OptimizerConfig
 
 Host = Literal["fake_trunk", "teacher_features", "channel_mean", "own_trunk"]
 
@@ -31,6 +31,9 @@ class GANConfig(Config):
     host: Host = Field("fake_trunk", description="whose features the discriminator reads")
     weight_generator: float = Field(5e-3, ge=0, description="lambda_G, on the generator's adversarial term")
     weight_discriminator: float = Field(1e-2, ge=0, description="lambda_D, on the discriminator's loss")
+    optimizer: OptimizerConfig | None = Field(
+        None, description="of the discriminator as a player of its own, with weight 1; None: it trains with the fake"
+    )
     same_noise: bool = Field(False, description="real and fake samples are noised with one t and one e")
 
 

@@ -103,7 +103,8 @@ class ScoreDistiller(Distiller):
         self.indices = timesteps.levels(self.process, args.steps, args.start_index, floor=self.floor_levels)
         self.draws = Draws(seed)
         self.meter = NoiseLevelMeter()
-        self._kept: tuple[int, list[Sample]] = (-1, [])
+        self._kept: dict[str, list[Sample]] = {}
+        self._kept_at = -1
         if args.gradient_checkpointing:
             for network in {id(d.network): d.network for d in (self.fake, self.generator, networks.teacher)}.values():
                 network.enable_gradient_checkpointing()
@@ -127,12 +128,24 @@ class ScoreDistiller(Distiller):
     # ------------------------------------------------------------ turns
 
     def players(self) -> list[Player]:
-        learners = nn.ModuleList([self.fake] if self.discriminator is None else [self.fake, self.discriminator])
+        args, discriminator = self.args, self.discriminator
+        shared = discriminator is not None and not self.discriminator_plays
+        learners = nn.ModuleList([self.fake, discriminator] if shared else [self.fake])
         players = {
-            "generator": Player("generator", self.student, every=self.args.fake_updates, ema=self.ema),
-            "fake": Player("fake", learners, optimizer=self.args.fake_optimizer),
+            "generator": Player("generator", self.student, every=args.fake_updates, ema=self.ema),
+            "fake": Player("fake", learners, optimizer=args.fake_optimizer),
         }
-        return [players[name] for name in self.order]
+        found = [players[name] for name in self.order]
+        if self.discriminator_plays:
+            assert discriminator is not None
+            assert args.gan is not None
+            found.append(Player("discriminator", discriminator, optimizer=args.gan.optimizer))
+        return found
+
+    @property
+    def discriminator_plays(self) -> bool:
+        """Whether the discriminator has an optimiser of its own instead of the fake score's."""
+        return self.args.gan is not None and self.args.gan.optimizer is not None
 
     def loss(self, batch: dict[str, Any], player: str = "generator") -> LossTerms:
         batch = self.turn_batch(batch, player)
@@ -140,10 +153,16 @@ class ScoreDistiller(Distiller):
         if player == "generator":
             self.fake.eval()  # it may have dropout; its own turn trains it
             sample = self.sample(batch, player, grad=True)
-            self._keep(sample)
+            if self.reuse_samples:
+                self._keep(sample, "fake")
             return self.generator_terms(sample, batch, draw)
+        if player == "discriminator":
+            return LossTerms(discriminator=(1.0, self.discriminator_loss(self._taken(batch, player), batch, draw)))
         self.fake.train(self.training)
-        return self.fake_terms(self._samples_for_fake(batch), batch, draw)
+        sample = self._taken(batch, player)
+        if self.discriminator_plays:
+            self._keep(sample, "discriminator")
+        return self.fake_terms(sample, batch, draw)
 
     def turn_batch(self, batch: dict[str, Any], player: str) -> dict[str, Any]:
         """The part of the loader's batch that a turn uses."""
@@ -179,17 +198,16 @@ class ScoreDistiller(Distiller):
         """What the generator's first step sees."""
         return start_noise(self.process, noise, t, self.start)
 
-    def _keep(self, sample: Sample) -> None:
-        if self.reuse_samples:
-            step, kept = self._kept
-            kept = kept if step == self.progress.step else []
-            self._kept = (self.progress.step, [*kept, sample.detached()])
+    def _keep(self, sample: Sample, player: str) -> None:
+        """Sets samples aside for a player that acts later in the same iteration."""
+        if self._kept_at != self.progress.step:
+            self._kept, self._kept_at = {}, self.progress.step
+        self._kept.setdefault(player, []).append(sample.detached())
 
-    def _samples_for_fake(self, batch: dict[str, Any]) -> Sample:
-        step, kept = self._kept
-        if step == self.progress.step and kept:
-            return kept.pop(0)
-        return self.sample(batch, "fake", grad=False)
+    def _taken(self, batch: dict[str, Any], player: str) -> Sample:
+        """The samples that were set aside for the player's micro-batch, or fresh ones."""
+        kept = self._kept.get(player) if self._kept_at == self.progress.step else None
+        return kept.pop(0) if kept else self.sample(batch, player, grad=False)
 
     @torch.no_grad()
     def condition(self, batch: dict[str, Any]) -> Condition:
@@ -249,7 +267,7 @@ class ScoreDistiller(Distiller):
         t = sample_times(self.args.fake_times, self.process, draw, len(x))
         terms = LossTerms(denoising=(1.0, self.denoising_loss(x, draw.normal(x.shape), t, sample.condition)))
         gan = self.args.gan
-        if gan is not None:
+        if gan is not None and not self.discriminator_plays:
             terms["discriminator"] = (gan.weight_discriminator, self.discriminator_loss(sample, batch, draw))
         return terms
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -210,12 +211,10 @@ def sampler_config(
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
     if not isinstance(process, VP):
         return copy.deepcopy(teacher_scheduler)
-    betas = vp_betas(process)[: indices[0] + 1]
     common = {
-        "num_train_timesteps": len(betas),
-        "trained_betas": betas,
+        **_table(config, process, indices[0]),
         "prediction_type": prediction_type,
-        "steps_offset": 0,
+        "steps_offset": config.get("steps_offset", 0),  # Stable Diffusion's pipelines insist on their own
     }
     if start == "noised" and len(indices) == 1:
         return diffusers.EulerDiscreteScheduler(**common, timestep_spacing="trailing")
@@ -225,8 +224,15 @@ def sampler_config(
         timestep_scaling=1e9,  # LCM's boundary scalings become 0 and 1: the step gives x itself
         clip_sample=False,
         set_alpha_to_one=True,
-        rescale_betas_zero_snr=False,
     )
+
+
+def _table(config: Mapping[str, Any], process: VP, first: int) -> dict[str, Any]:
+    """The arguments that describe the teacher's table up to the index `first`."""
+    if first == process.size - 1:
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        return {name: config[name] for name in (*names, "rescale_betas_zero_snr") if name in config}
+    return {"num_train_timesteps": first + 1, "trained_betas": vp_betas(process)[: first + 1]}
 
 
 def vp_betas(process: VP) -> list[float]:
