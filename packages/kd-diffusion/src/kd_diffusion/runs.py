@@ -76,6 +76,7 @@ class DiffusionRun(RunConfig, Generic[A]):
 
 Run = DiffusionRun[Any]
 Build = Callable[[Any, Networks], ScoreDistiller]
+MakeNetworks = Callable[[Run, Opened, Artefacts, Data], Networks]
 
 
 # ---------------------------------------------------------------- stages
@@ -206,7 +207,7 @@ def student_stage(
     artefact: str = "student",
     sampling: Sampling = Sampling(),
     batch_factor: int = 1,
-    networks: Callable[[Run, Opened, Artefacts, Data], Networks] = make_networks,
+    networks: MakeNetworks = make_networks,
 ) -> TrainStage:
     """Trains the distiller that `build(config, networks)` makes; gives a diffusers pipeline folder."""
     budget = train or config.train
@@ -322,14 +323,21 @@ def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
 
 
 def score_method(
-    key: str, doc: str, arguments: type[A], build: Build, *, sampling: Sampling = Sampling(), batch_factor: int = 1
+    key: str,
+    doc: str,
+    arguments: type[A],
+    build: Build,
+    *,
+    sampling: Sampling = Sampling(),
+    batch_factor: int = 1,
+    networks: MakeNetworks = make_networks,
 ) -> Method[Any]:
     """A method whose stages are teacher, features, student."""
 
     def stages(config: Run, context: RunContext) -> list[Stage]:
         data = load_data(config.data, config.seed)
         check(config, data)
-        student = student_stage(config, data, build, sampling=sampling, batch_factor=batch_factor)
+        student = student_stage(config, data, build, sampling=sampling, batch_factor=batch_factor, networks=networks)
         return [*prepare(config, data), student]
 
     def evaluated(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:

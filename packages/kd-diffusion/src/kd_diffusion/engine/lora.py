@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ def add_lora(network: nn.Module, config: LoRAConfig, *, field: str = "lora") -> 
     network.add_adapter(
         LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, init_lora_weights="gaussian")
     )
+    for name, parameter in network.named_parameters():
+        if "lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()  # small steps on small weights
     for name, module in network.named_modules():
         if not any(True for _ in module.children()) and "lora_" not in name:
             freeze(module)
