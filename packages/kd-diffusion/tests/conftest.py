@@ -1,10 +1,9 @@
 """Shared by the package's tests: one thread, a cache of this session's own, and tiny stock pipelines on disk."""
 
-import json
-import string
-
 import pytest
 import torch
+
+from kd_diffusion import testing
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,144 +15,11 @@ def _session(tmp_path_factory):
     patch.undo()
 
 
-def random_weights(network, seed=0):
-    """Weights that make a random network's output depend on all of its inputs (several layers start at zero)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            scale = 1 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.1
-            noise = scale * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise if parameter.ndim == 1 and bool((parameter == 1).all()) else noise)
-    return network.eval()
-
-
-def tiny_unet(**overrides):
-    """UNet2DModel on 8x8 images of one channel with 10 classes and the class of none."""
-    from diffusers import UNet2DModel
-
-    arguments = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "num_class_embeds": 11,
-        **overrides,
-    }
-    return random_weights(UNet2DModel(**arguments))
-
-
-def unet_pipeline():
-    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
-
-    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=1000, clip_denoised=False)
-    return ConsistencyModelPipeline(tiny_unet(), scheduler)
-
-
-def tiny_tokenizer(folder, length=16):
-    """CLIPTokenizer that reads letter by letter."""
-    from transformers import CLIPTokenizer
-
-    letters = [letter + end for letter in string.ascii_lowercase + ",." for end in ("", "</w>")]
-    tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
-
-
-def tiny_text_encoder(tokenizer, width=16, kind="CLIPTextModel"):
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return random_weights(getattr(transformers, kind)(config), seed=1)
-
-
-def tiny_vae(channels=1):
-    from diffusers import AutoencoderKL
-
-    return random_weights(
-        AutoencoderKL(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(4, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            mid_block_add_attention=False,
-        ),
-        seed=2,
-    )
-
-
-def tiny_text_unet(width=16, **overrides):
-    """UNet2DConditionModel on 8x8 latents of four channels."""
-    from diffusers import UNet2DConditionModel
-
-    arguments = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-        "cross_attention_dim": width,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        **overrides,
-    }
-    return random_weights(UNet2DConditionModel(**arguments))
-
-
-def text_pipeline(folder, *, steps=1000):
-    """StableDiffusionPipeline on 16x16 images."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    tokenizer = tiny_tokenizer(folder)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=steps,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=tiny_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=tiny_text_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_unet_folder(tmp_path_factory):
     """Folder of a class-conditional pixel pipeline in EDM's form with random weights: 8x8, one channel, 10 classes."""
     folder = tmp_path_factory.mktemp("tiny") / "unet"
-    unet_pipeline().save_pretrained(folder)
+    testing.unet_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -161,5 +27,5 @@ def tiny_unet_folder(tmp_path_factory):
 def tiny_text_folder(tmp_path_factory):
     """Folder of a Stable Diffusion pipeline with random weights: prompts to 16x16 images of one channel."""
     folder = tmp_path_factory.mktemp("tiny") / "text"
-    text_pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+    testing.text_pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
     return folder
