@@ -40,6 +40,7 @@ from kd_diffusion.metrics import (
     train_features,
     variance_ratio,
 )
+from kd_diffusion.metrics.network import scale_features
 from kdcore.errors import InputError
 from kdcore.losses import mmd
 from kdcore.report.text import direction
@@ -415,6 +416,20 @@ def test_sizes_and_channels(channels, size):
     assert torch.allclose(found.logits, net(pixels), atol=1e-5)
     with pytest.raises(InputError, match=f"pixels: given .*, allowed: .N, {channels}, {size}, {size}"):
         net(pixels[:, :, 1:])
+
+
+def test_features_are_scaled_to_one_and_logits_stay(digits):
+    net, pixels = FeatureNet(1, 8, 10), digits[0]
+    torch.nn.init.normal_(net.classifier.bias)
+    before = embed(net, pixels)
+    scale_features(net, pixels)
+    after = embed(net, pixels)
+    assert float(after.features.square().mean()) == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(after.logits, before.logits, atol=1e-4)
+    ratio = before.features.norm() / after.features.norm()
+    assert torch.allclose(after.features * ratio, before.features, rtol=1e-3, atol=1e-4)
+    trained = train_features(pixels, digits[1], 10, steps=5)
+    assert float(embed(trained, pixels).features.square().mean()) == pytest.approx(1, rel=1e-4)
 
 
 def test_saved_features_load_as_they_were(tmp_path, quick_net, digits):

@@ -80,8 +80,8 @@ def train_features(
 ) -> FeatureNet:
     """A FeatureNet trained on pixels (N, C, S, S) in [-1, 1] with labels (N,); the same one for the same arguments.
 
-    AdamW with a one-cycle learning rate and shifts by up to one pixel; `device` None is that of the pixels. The
-    caller's random state stays as it was. Returns it frozen, in eval mode, on `device`.
+    AdamW with a one-cycle learning rate and shifts by up to one pixel, then `scale_features`. The caller's random state
+    stays as it was. Returns it frozen, in eval mode, on `device` (None: that of the pixels).
     Raises: InputError on shapes, labels, steps and batch_size.
     """
     check_finite("pixels", pixels)
@@ -107,7 +107,23 @@ def train_features(
             loss.backward()
             optimiser.step()
             schedule.step()
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    scale_features(net, pixels)
+    return net
+
+
+@torch.no_grad()
+def scale_features(net: FeatureNet, pixels: Tensor) -> None:
+    """Scales the features, in place, to a mean square of 1 over pixels (N, C, H, W); the logits stay as they are.
+
+    Distances then do not depend on how far training went on to blow the features up, and the kernel of
+    `kernel_distance` gets values of the size it was made for.
+    """
+    rms = embed(net, pixels).features.square().mean().sqrt()
+    if rms > 0:
+        for parameter in net.convolutions[-1].parameters():  # ReLU and mean pass a positive factor through
+            parameter.div_(rms)
+        net.classifier.weight.mul_(rms)
 
 
 def _shifted(pixels: Tensor) -> Tensor:
