@@ -17,7 +17,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kd_diffusion.engine.conditions import Condition
@@ -35,6 +35,12 @@ class GANConfig(Config):
         None, description="of the discriminator as a player of its own, with weight 1; None: it trains with the fake"
     )
     same_noise: bool = Field(False, description="real and fake samples are noised with one t and one e")
+
+    @model_validator(mode="after")
+    def _has_something_to_train(self) -> GANConfig:
+        if self.host == "channel_mean" and self.optimizer is not None:
+            raise ValueError("host channel_mean has no parameters of its own; optimizer must be null")
+        return self
 
 
 class ConvHead(nn.Module):
@@ -58,7 +64,10 @@ class ConvHead(nn.Module):
 
 
 def _norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """32 groups as the authors have, fewer where a group would hold under 8 channels: the last map has one pixel, and a
+    group of one value is always normalised to zero."""
+    groups = next(n for n in range(min(32, max(1, channels // 8)), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 class Discriminator(nn.Module):
