@@ -55,6 +55,24 @@ def test_power_law_of_an_integer_exponent_is_a_polynomial_profile():
     assert follow(EMAConfig(kind="power", gamma=1.0), [99.0, *values]) == pytest.approx(expected, rel=1e-12)
 
 
+def test_half_life_counts_samples_and_is_a_share_of_those_seen_at_first():
+    config = EMAConfig(kind="halflife", halflife=1000, ramp=0.05)
+    assert decay_at(config, 1, batch=100) == 0.0  # nothing seen yet: the initial weights are forgotten
+    assert decay_at(config, 21, batch=100) == pytest.approx(0.5)  # 2000 seen, half-life 100
+    assert decay_at(config, 201, batch=100) == decay_at(config, 10_000, batch=100) == pytest.approx(0.5**0.1)
+    assert decay_at(EMAConfig(kind="halflife", halflife=1000, ramp=None), 1, batch=100) == pytest.approx(0.5**0.1)
+
+
+@given(batch=st.integers(1, 50))
+def test_after_a_half_life_of_samples_half_of_the_start_is_left(batch):
+    net = module(1.0)
+    ema = EMA(net, EMAConfig(kind="halflife", halflife=4 * batch, ramp=None), batch)
+    nn.init.constant_(net.weight, 0.0)
+    for _ in range(4):
+        ema.update()
+    assert ema.shadow["weight"][0].item() == pytest.approx(0.5, rel=1e-12)
+
+
 def test_applied_is_undone_and_copy_stays():
     net = module(1.0)
     ema = EMA(net, EMAConfig(decay=0.75, warmup=False))

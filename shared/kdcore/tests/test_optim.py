@@ -134,3 +134,15 @@ def test_a_player_that_acts_rarely_follows_the_runs_schedule():
         made.step()
         schedule.step()
     assert rates == pytest.approx([0.2 * (1 - step / 12) for step in (0, 3, 6, 9)])
+
+
+def test_a_player_that_starts_later_follows_the_runs_schedule():
+    player = Player("s", nn.Linear(1, 1), start=6, schedule=ScheduleConfig(name="linear"))
+    made = make_optimizer(player, TRAIN)
+    schedule = make_schedule(made, player, TRAIN, 12, 12)
+    rates = []
+    for _ in range(6):
+        rates.append(made.param_groups[0]["lr"])
+        made.step()
+        schedule.step()
+    assert rates == pytest.approx([0.2 * (1 - step / 12) for step in range(6, 12)])

@@ -624,3 +624,45 @@ def test_a_stage_is_seeded_by_its_name_and_saves_what_is_deployed(tmp_path):
         run_stages([TrainStage(name, config, build, save)], context)
         assert len(drawn) == count  # finished before
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+# ---------------------------------------------------------------- when a player acts, and how far it steps
+
+
+def test_a_player_acts_on_every_nth_iteration_from_its_start_on(tmp_path):
+    acted = []
+
+    def hook(distiller, player, terms):
+        acted.append((distiller.progress.step, player))
+
+    def players(distiller):
+        return [Player("late", distiller.student, start=3, every=2), Player("always", distiller.student)]
+
+    fit(tmp_path, Regression(hook=hook, players=players), steps=8, size=16)
+    assert [step for step, player in acted if player == "late"] == [3, 5, 7]
+    assert [step for step, player in acted if player == "always"] == list(range(8))
+
+
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_clip_value_bounds_every_entry_of_the_gradient(tmp_path, clip):
+    def players(distiller):
+        return [Player("student", distiller.student, clip=clip, clip_value=0.01)]
+
+    distiller, plain = Regression(players=players), Regression()
+    before, loader = weights(distiller), DataLoader(points(2), batch_size=2)
+    fit(tmp_path, distiller, loader=loader, steps=1)
+    plain.loss(points(2)[:]).total().backward()
+    gradient = torch.cat([p.grad.flatten() for p in plain.student.parameters()])
+    assert bool((gradient.abs() > 0.01).any())
+    torch.testing.assert_close(weights(distiller), before - 0.1 * gradient.clamp(-0.01, 0.01), rtol=1e-12, atol=1e-12)
+
+
+def test_a_half_life_counts_the_samples_of_a_whole_step(tmp_path):
+    ema = EMAConfig(kind="halflife", halflife=12, ramp=None)
+    distiller, seen = Regression(), []
+    distiller.hook = lambda d, player, terms: seen.append(weights(d))
+    fit(tmp_path, distiller, ema=ema, steps=1, accumulation=3, batch_size=2)
+    plain = Regression()
+    fit(tmp_path / "plain", plain, steps=1, accumulation=3, batch_size=2)
+    expected = seen[0].lerp(weights(plain), 1 - 0.5 ** (6 / 12))
+    torch.testing.assert_close(weights(distiller), expected, rtol=1e-12, atol=1e-12)

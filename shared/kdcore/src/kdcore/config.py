@@ -60,13 +60,17 @@ class ScheduleConfig(Config):
 
 
 class EMAConfig(Config):
-    kind: Literal["constant", "power"] = Field(
+    kind: Literal["constant", "power", "halflife"] = Field(
         "constant",
-        description="constant decay, or the power law (1 - 1/t)^(gamma+1) of EDM2 (arXiv 2312.02696)",
+        description="constant decay, the power law (1 - 1/t)^(gamma+1) of EDM2 (arXiv 2312.02696), or EDM's half-life",
     )
     decay: float = Field(0.999, gt=0, lt=1, description="decay of kind=constant")
     gamma: float = Field(6.94, gt=0, description="exponent of kind=power; 6.94 is a relative width of 0.10")
     warmup: bool = Field(True, description="kind=constant: decay is min(decay, (1 + t) / (10 + t))")
+    halflife: float = Field(500_000, gt=0, description="half-life of kind=halflife, in training samples")
+    ramp: float | None = Field(
+        0.05, gt=0, description="kind=halflife: the half-life is at most this share of the samples seen; None: no ramp"
+    )
 
 
 class TrainConfig(Config):

@@ -52,7 +52,8 @@ class Player:
     `module` holds the trained parameters (those with requires_grad). `optimizer` and `schedule` of None mean the
     run's own `train.optimizer` and `train.schedule`. `param_groups` replaces the single group of `module`'s
     parameters; a group may give `lr_scale`, its factor on the learning rate. The player acts on every `every`-th
-    iteration, and its schedule counts iterations of the run.
+    iteration from iteration `start` on, and its schedule counts iterations of the run. `clip` bounds the norm of the
+    gradient, `clip_value` the size of each of its entries.
     """
 
     name: str
@@ -61,7 +62,9 @@ class Player:
     schedule: ScheduleConfig | None = None
     param_groups: Sequence[dict[str, Any]] | None = None
     every: int = 1
+    start: int = 0
     clip: float | None = None
+    clip_value: float | None = None
     ema: EMAConfig | None = None
 
 

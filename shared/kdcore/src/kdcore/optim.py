@@ -69,10 +69,10 @@ def schedule_factor(config: ScheduleConfig, step: int, steps: int, steps_per_epo
 def make_schedule(
     optimizer: torch.optim.Optimizer, player: Player, train: TrainConfig, steps: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """The schedule over the player's own optimiser steps, stretched to the run's budget by `every`."""
+    """The schedule over the player's own optimiser steps, placed in the run's budget by `start` and `every`."""
     config = player.schedule or train.schedule
 
     def factor(base_lr: float) -> Callable[[int], float]:
-        return lambda own: schedule_factor(config, own * player.every, steps, steps_per_epoch, base_lr)
+        return lambda own: schedule_factor(config, player.start + own * player.every, steps, steps_per_epoch, base_lr)
 
     return LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])

@@ -160,7 +160,7 @@ class Loop:
                     optimizer,
                     make_schedule(inner, player, config, self.steps, self.steps_per_epoch),
                     [parameter for group in inner.param_groups for parameter in group["params"]],
-                    EMA(player.module, ema) if ema else None,
+                    EMA(player.module, ema, config.batch_size * config.accumulation) if ema else None,
                 )
             )
 
@@ -229,7 +229,8 @@ class Loop:
 
     def _iteration(self, window: list[Any]) -> None:
         for turn in self.turns:
-            if self.step % turn.player.every == 0:
+            since = self.step - turn.player.start
+            if since >= 0 and since % turn.player.every == 0:
                 self._turn(turn, window)
         self.step += 1
         self.distiller.progress.step = self.step
@@ -250,6 +251,10 @@ class Loop:
             clip = turn.player.clip or self.config.clip
             if clip is not None:
                 self.accelerator.clip_grad_norm_(turn.parameters, clip)
+            if turn.player.clip_value is not None:
+                # Gradients of fp16 are unscaled once, by the first of the two.
+                by_value = self.accelerator.clip_grad_value_ if clip is None else nn.utils.clip_grad_value_
+                by_value(turn.parameters, turn.player.clip_value)
             turn.optimizer.step()
             turn.optimizer.zero_grad()
         turn.schedule.step()
