@@ -23,7 +23,7 @@ from kd_diffusion.data import Data, DataConfig, Samples, load_data, loader
 from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller
 from kd_diffusion.engine.lora import LoRAConfig, add_lora
 from kd_diffusion.engine.process import EDM
-from kd_diffusion.engine.rollout import Start
+from kd_diffusion.engine.rollout import Renoise, Start
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student
 from kd_diffusion.snapshots import Snapshots
 from kd_diffusion.worlds import WorldConfig, world_stages
@@ -191,10 +191,12 @@ def make_loader(config: Run, opened: Opened, data: Data, *, batch_factor: int = 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the student of a method steps: from unit noise or the noised zero image, at which levels."""
+    """How the student of a method steps: from unit noise or the noised zero image, at which levels, and whether fresh
+    noise or Euler's step leads from one level to the next."""
 
     start: Start = "unit"
     floor: bool = False
+    renoise: Renoise = "noise"
 
 
 def student_stage(
@@ -230,11 +232,16 @@ def student_stage(
 
 
 def save_pipeline(
-    config: Run, opened: Opened, network: nn.Module, folder: Path, indices: list[int], sampling: Sampling
+    config: Run, opened: Opened, network: nn.Module, folder: Path, indices: list[float], sampling: Sampling
 ) -> None:
     """The student as a pipeline folder whose scheduler takes its steps."""
     scheduler = sampler_config(
-        opened.pipe.scheduler, opened.denoiser.prediction_type, opened.process, indices, start=sampling.start
+        opened.pipe.scheduler,
+        opened.denoiser.prediction_type,
+        opened.process,
+        indices,
+        start=sampling.start,
+        renoise=sampling.renoise,
     )
     extra = {
         "method": config.method,

@@ -50,14 +50,13 @@ class Denoiser(nn.Module):
 
     def guided(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, kappa: float | Tensor) -> Tensor:
         """mu(null) + kappa (mu(c) - mu(null)); kappa a number or (B,). One forward where kappa is 1 or 0."""
-        if not isinstance(kappa, Tensor):
-            if kappa == 1 or not condition:
-                return self(x_t, t, condition)
-            if kappa == 0:
-                return self(x_t, t, null)
-        both = self(torch.cat((x_t, x_t)), torch.cat((t, t)), concat(null, condition))
-        unconditional, conditional = both.chunk(2)
-        return guide(unconditional, conditional, kappa)
+        return _guided(self, x_t, t, condition, null, kappa)
+
+    def guided_output(
+        self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, kappa: float | Tensor
+    ) -> Tensor:
+        """The same of what the network itself predicts."""
+        return _guided(self.output, x_t, t, condition, null, kappa)
 
     @property
     def middle(self) -> nn.Module:
@@ -68,6 +67,23 @@ class Denoiser(nn.Module):
         if blocks is None:
             raise InputError(f"{type(self.network).__name__}: has neither a mid-block nor transformer blocks")
         return blocks[len(blocks) // 2]
+
+
+def _guided(
+    predict: Callable[[Tensor, Tensor, Condition], Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    null: Condition,
+    kappa: float | Tensor,
+) -> Tensor:
+    if not isinstance(kappa, Tensor):
+        if kappa == 1 or not condition:
+            return predict(x_t, t, condition)
+        if kappa == 0:
+            return predict(x_t, t, null)
+    both = predict(torch.cat((x_t, x_t)), torch.cat((t, t)), concat(null, condition))
+    return guide(*both.chunk(2), kappa)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, kappa: float | Tensor) -> Tensor:

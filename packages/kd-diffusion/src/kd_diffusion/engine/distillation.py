@@ -20,7 +20,7 @@ from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.draws import Draws, Turn
 from kd_diffusion.engine.meter import NoiseLevelMeter
 from kd_diffusion.engine.process import EDM, add_noise, target
-from kd_diffusion.engine.rollout import Start, rollout, start_noise
+from kd_diffusion.engine.rollout import Renoise, Start, rollout, start_noise
 from kd_diffusion.engine.score import dmd_weight, edm_weight, inject, weighted_error
 from kd_diffusion.engine.timesteps import TimesConfig, sample_times
 from kdcore.config import EMAConfig, MethodConfig, OptimizerConfig
@@ -81,6 +81,7 @@ class ScoreDistiller(Distiller):
     order: tuple[Literal["generator", "fake"], ...] = ("generator", "fake")
     reuse_samples = True
     start: Start = "unit"
+    renoise: Renoise = "noise"
     floor_levels = False
 
     def __init__(self, networks: Networks, args: ScoreArgs, *, seed: int = 0, ema: EMAConfig | None = None):
@@ -100,7 +101,7 @@ class ScoreDistiller(Distiller):
         if isinstance(self.space, nn.Module):
             freeze(self.space)
         self.discriminator = self._make_discriminator()
-        self.indices = timesteps.levels(self.process, args.steps, args.start_index, floor=self.floor_levels)
+        self.indices = self.levels()
         self.draws = Draws(seed)
         self.meter = NoiseLevelMeter()
         self._kept: dict[str, list[Sample]] = {}
@@ -108,6 +109,10 @@ class ScoreDistiller(Distiller):
         if args.gradient_checkpointing:
             for network in {id(d.network): d.network for d in (self.fake, self.generator, networks.teacher)}.values():
                 network.enable_gradient_checkpointing()
+
+    def levels(self) -> list[float]:
+        """Table indices of the generator's steps."""
+        return timesteps.levels(self.process, self.args.steps, self.args.start_index, floor=self.floor_levels)
 
     def _make_discriminator(self) -> Discriminator | None:
         if self.args.gan is None:
@@ -176,7 +181,7 @@ class ScoreDistiller(Distiller):
         """The generator's samples for the batch's conditions; which of its steps is drawn, one for all."""
         condition = self.condition(batch)
         draw = self.sample_draw(player)
-        stop = draw.one_integer(len(self.indices)) if len(self.indices) > 1 else 0
+        stop = self.stop_step(draw)
         shape = (batch_size(batch), *self.space.shape)
         x = rollout(
             self.generator,
@@ -187,8 +192,13 @@ class ScoreDistiller(Distiller):
             stop=stop,
             grad=grad,
             start=self.start,
+            renoise=self.renoise,
         )
         return Sample(x, condition, stop)
+
+    def stop_step(self, draw: Turn) -> int:
+        """The step whose output the losses see, 0-based."""
+        return draw.one_integer(len(self.indices)) if len(self.indices) > 1 else 0
 
     def sample_draw(self, player: str) -> Turn:
         """The random numbers that a player's samples are made of."""

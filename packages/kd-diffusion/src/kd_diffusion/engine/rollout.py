@@ -14,6 +14,7 @@ from kd_diffusion.engine.process import EDM, Process, add_noise, coefficients
 
 Generator = Callable[[Tensor, Tensor, Condition], Tensor]
 Start = Literal["unit", "noised"]
+Renoise = Literal["noise", "euler"]
 
 
 def start_noise(process: Process, z: Tensor, t: Tensor, start: Start = "unit") -> Tensor:
@@ -26,14 +27,14 @@ def start_noise(process: Process, z: Tensor, t: Tensor, start: Start = "unit") -
 def rollout(
     generator: Generator,
     process: Process,
-    indices: Sequence[int],
+    indices: Sequence[float],
     condition: Condition,
     normal: Callable[[], Tensor],
     *,
     stop: int | None = None,
     grad: bool = False,
     start: Start = "unit",
-    renoise: Literal["noise", "euler"] = "noise",
+    renoise: Renoise = "noise",
 ) -> Tensor:
     """The generator's x after step `stop` (0-based; None: the last), with a graph through that step only.
 
@@ -43,7 +44,7 @@ def rollout(
     """
     last = len(indices) - 1 if stop is None else stop
     noise = normal()
-    times = [process.at(torch.full((len(noise),), index, device=noise.device)) for index in indices[: last + 1]]
+    times = [process.at(_filled(len(noise), index, noise.device)) for index in indices[: last + 1]]
     x_t = start_noise(process, noise, times[0], start)
     x = x_t
     for step, t in enumerate(times):
@@ -52,6 +53,10 @@ def rollout(
         with nullcontext() if grad and step == last else torch.no_grad():
             x = generator(x_t, t, condition)
     return x
+
+
+def _filled(count: int, index: float, device: torch.device) -> Tensor:
+    return torch.full((count,), index, device=device, dtype=torch.int64 if isinstance(index, int) else torch.float64)
 
 
 def euler_move(process: Process, x_t: Tensor, x: Tensor, t: Tensor, to: Tensor) -> Tensor:

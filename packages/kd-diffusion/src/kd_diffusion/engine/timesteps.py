@@ -49,19 +49,27 @@ def sample_times(config: TimesConfig, process: Process, draw: Turn, count: int, 
     return process.at(low + draw.uniform(count) * (high - low))
 
 
-def levels(process: Process, steps: int, start: int | None = None, *, floor: bool = False) -> list[int]:
+def levels(process: Process, steps: int, start: float | None = None, *, floor: bool = False) -> list[float]:
     """Table indices of a generator of `steps` steps, the noisiest first.
 
     Default: (start + 1)(1 - k / N) - 1, which is 999, 749, 499, 249 for four steps of a table of 1000.
     `floor`: floor(start (1 - k / N)), which is 625, 468, 312, 156 (arXiv 2505.12674).
+    EDM: 999, 749, 499, 249 in thousandths of the table from its smallest sigma to that of `start`, as
+    CMStochasticIterativeScheduler steps; numbers between two indices where `start` is not the last.
 
     >>> from kd_diffusion.engine.process import Flow
     >>> levels(Flow(), 4), levels(Flow(), 4, 625, floor=True)
     ([999, 749, 499, 249], [625, 468, 312, 156])
     """
-    start = process.size - 1 if start is None else start
-    if not 0 <= start < process.size or steps < 1 or steps > start + 1:
+    last = process.size - 1
+    start = last if start is None else start
+    if not 0 <= start <= last or steps < 1 or steps > start + 1:
         raise InputError(f"{steps} steps from index {start}: the table has {process.size} entries")
+    if isinstance(process, EDM):
+        whole = [last - k * (process.size // steps) for k in range(steps)]
+        return whole if start == last else [start * index / last for index in whole]
+    if not isinstance(start, int):
+        raise InputError(f"first step at index {start}: the table of {type(process).__name__} has whole ones alone")
     if floor:
         return [start * (steps - k) // steps for k in range(steps)]
     return [(start + 1) * (steps - k) // steps - 1 for k in range(steps)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,7 +185,7 @@ def sampler_config(
     teacher_scheduler: Any,
     prediction_type: str,
     process: Process,
-    indices: list[int],
+    indices: Sequence[float],
     *,
     start: Literal["unit", "noised"] = "unit",
 ) -> Any:
@@ -202,7 +202,7 @@ def sampler_config(
         return diffusers.CMStochasticIterativeScheduler(
             num_train_timesteps=process.size,
             sigma_min=process.boundary,
-            sigma_max=float(process.at(torch.tensor([indices[0]]))),
+            sigma_max=float(process.at(torch.tensor([indices[0]], dtype=torch.float64))),
             sigma_data=process.sigma_data,
             rho=process.rho,
             clip_denoised=False,
@@ -212,7 +212,7 @@ def sampler_config(
     if not isinstance(process, VP):
         return copy.deepcopy(teacher_scheduler)
     common = {
-        **_table(config, process, indices[0]),
+        **_table(config, process, int(indices[0])),
         "prediction_type": prediction_type,
         "steps_offset": config.get("steps_offset", 0),  # Stable Diffusion's pipelines insist on their own
     }
