@@ -43,6 +43,9 @@ class TeacherConfig(Config):
     variant: str | None = Field(None, description="variant of the weight files, such as fp16")
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the frozen weights")
     null_class: int | None = Field(None, ge=0, description="label that stands for no class (UNet2DModel)")
+    size: tuple[int, int, int] | None = Field(
+        None, description="frames, height and width of a video teacher's samples; None: its pipeline's defaults"
+    )
     world: WorldConfig | None = Field(None, description="an embedded world, instead of pretrained")
 
     @model_validator(mode="after")
@@ -130,7 +133,12 @@ def open_teacher(config: Run, artefacts: Artefacts, data: Data, *, name: str = "
         return open_pipeline(artefacts[name], field="teacher", dtype=teacher.dtype, null_class=null)
     assert teacher.pretrained is not None
     return open_pipeline(
-        teacher.pretrained, field="teacher.pretrained", dtype=teacher.dtype, variant=teacher.variant, null_class=null
+        teacher.pretrained,
+        field="teacher.pretrained",
+        dtype=teacher.dtype,
+        variant=teacher.variant,
+        null_class=null,
+        size=teacher.size,
     )
 
 
@@ -312,14 +320,23 @@ def evaluate(
     if student is not None:
         row("student", teacher, student(teacher), steps)
     else:
-        own = open_student(config, artefacts["student"], teacher)
-        row("student", own, ev.student_function(own, steps, start=sampling.start, floor=sampling.floor), steps)
+        own, function = saved_student(config, artefacts, teacher, sampling, steps)
+        row("student", own, function, steps)
         result["student/parameters"] = sum(p.numel() for p in own.network.parameters())
     kappa = settings.guidance_scale if settings.guidance_scale is not None else config.method_args.guidance_scale
     for count in settings.teacher_steps:
         forwards = count * (1 if kappa in (0, 1) else 2)
         row(f"teacher_{count}", teacher, ev.teacher_function(teacher, count, kappa), forwards)
     return result
+
+
+def saved_student(
+    config: Run, artefacts: Artefacts, teacher: Opened, sampling: Sampling, steps: int | None = None
+) -> tuple[Opened, ev.Generate]:
+    """The saved student and its sampler."""
+    own = open_student(config, artefacts["student"], teacher)
+    steps = steps or config.method_args.steps
+    return own, ev.student_function(own, steps, start=sampling.start, floor=sampling.floor, renoise=sampling.renoise)
 
 
 def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
@@ -353,6 +370,6 @@ def score_method(
     def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
         from kd_diffusion.pictures import comparison
 
-        return comparison(config, artefacts, count, sampling=sampling)
+        return comparison(config, artefacts, count, student=lambda t: saved_student(config, artefacts, t, sampling)[1])
 
     return Method(key, doc, DiffusionRun[arguments], stages, evaluated, predict)  # type: ignore[valid-type]
