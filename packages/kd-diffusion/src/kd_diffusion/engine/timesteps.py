@@ -43,7 +43,8 @@ def sample_times(config: TimesConfig, process: Process, draw: Turn, count: int, 
     if config.kind == "lognormal":
         if not isinstance(process, EDM):
             raise InputError(f"times.kind = 'lognormal': only for EDM, the teacher is {type(process).__name__}")
-        return (config.mean + config.std * draw.normal((count,), torch.float64)).exp()
+        # At the boundary c_out is 0, and just above it the target (x - c_skip x_t) / c_out of a network explodes.
+        return (config.mean + config.std * draw.normal((count,), torch.float64)).exp().clamp_min(2 * process.boundary)
     if config.kind == "uniform":
         return process.at(draw.integers(low, high, count))
     return process.at(low + draw.uniform(count) * (high - low))
