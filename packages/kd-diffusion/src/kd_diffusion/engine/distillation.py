@@ -179,8 +179,8 @@ class ScoreDistiller(Distiller):
 
     def sample(self, batch: dict[str, Any], player: str, *, grad: bool) -> Sample:
         """The generator's samples for the batch's conditions; which of its steps is drawn, one for all."""
-        condition = self.condition(batch)
         draw = self.sample_draw(player)
+        condition = self.sample_condition(batch, player)
         stop = self.stop_step(draw)
         shape = (batch_size(batch), *self.space.shape)
         x = rollout(
@@ -199,6 +199,10 @@ class ScoreDistiller(Distiller):
     def stop_step(self, draw: Turn) -> int:
         """The step whose output the losses see, 0-based."""
         return draw.one_integer(len(self.indices)) if len(self.indices) > 1 else 0
+
+    def sample_condition(self, batch: dict[str, Any], player: str) -> Condition:
+        """What the samples of a player's turn are asked for."""
+        return self.condition(batch)
 
     def sample_draw(self, player: str) -> Turn:
         """The random numbers that a player's samples are made of."""

@@ -68,9 +68,13 @@ def sid_loss(x: Tensor, mu_real: Tensor, mu_fake: Tensor, alpha: float = 1.0, we
     value may be negative. `weight` (B,) replaces samples' share, 0 leaves one out.
     """
     d = mu_real - mu_fake
-    normaliser = (x - mu_real).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
-    rows = (d * ((mu_real - x) - alpha * d)).flatten(1).sum(1) / normaliser
+    rows = (d * ((mu_real - x) - alpha * d)).flatten(1).sum(1) / sid_normaliser(x, mu_real)
     return (rows if weight is None else rows * weight).mean()
+
+
+def sid_normaliser(x: Tensor, mu_real: Tensor) -> Tensor:
+    """max(mean_D |x - mu_r|, 1e-5) per sample, (B,), without a graph."""
+    return (x - mu_real).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
 
 
 # ---------------------------------------------------------------- the fake score
