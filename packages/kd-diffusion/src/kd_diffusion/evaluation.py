@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_diffusion.data import Data, Part
 from kd_diffusion.engine.conditions import Condition, take
 from kd_diffusion.engine.draws import Draws, Turn
-from kd_diffusion.engine.rollout import Start, euler_move, rollout, start_noise
+from kd_diffusion.engine.rollout import Renoise, Start, euler_move, rollout, start_noise
 from kd_diffusion.engine.timesteps import levels
 from kd_diffusion.integrations.pipelines import Opened
 from kdcore.config import Config
@@ -93,14 +93,22 @@ class _Sized(Turn):
         self.rank, self.world = 0, 1
 
 
-def student_function(opened: Opened, steps: int, *, start: Start = "unit", floor: bool = False) -> Generate:
+def student_function(
+    opened: Opened, steps: int, *, start: Start = "unit", floor: bool = False, renoise: Renoise = "noise"
+) -> Generate:
     """A few-step student as its folder describes it: the table of its scheduler ends at its first level."""
     indices = levels(opened.process, steps, floor=floor)
 
     def function(condition: Condition, draw: Any) -> Tensor:
         shape = (draw.count, *opened.space.shape)
         return rollout(
-            opened.denoiser.eval(), opened.process, indices, condition, lambda: draw.normal(shape), start=start
+            opened.denoiser.eval(),
+            opened.process,
+            indices,
+            condition,
+            lambda: draw.normal(shape),
+            start=start,
+            renoise=renoise,
         )
 
     return function

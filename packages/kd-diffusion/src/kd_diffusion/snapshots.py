@@ -48,9 +48,14 @@ class Snapshots:
 
         def function(condition: Condition, draw: Any) -> Tensor:
             shape = (draw.count, *self.opened.space.shape)
-            indices = self.distiller.indices
             return rollout(
-                denoiser, self.opened.process, indices, condition, lambda: draw.normal(shape), start=self.start
+                denoiser,
+                self.opened.process,
+                self.distiller.indices,
+                condition,
+                lambda: draw.normal(shape),
+                start=self.start,
+                renoise=self.distiller.renoise,
             )
 
         with torch.no_grad():

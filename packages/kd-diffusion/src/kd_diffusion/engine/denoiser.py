@@ -101,6 +101,8 @@ def call_of(network: nn.Module) -> Call:
 
     A network that is not a diffusers class is called like UNet2DModel when its forward takes the same arguments.
     """
+    if hasattr(network, "experts"):  # integrations.experts: called like one of its networks
+        network = network.experts[0]
     for known in type(network).__mro__:
         if known.__name__ in _CALLS:
             return _CALLS[known.__name__]
@@ -164,6 +166,11 @@ def _sd3(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> T
     )[0]
 
 
+def _wan(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """Video: x (B, C, F, H, W)."""
+    return network(x, timestep=time, encoder_hidden_states=condition["prompt_embeds"], return_dict=False)[0]
+
+
 def _flux(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
     """Flux reads 2x2 patches as tokens, times in [0, 1], and (dev) the guidance it was distilled with as an input."""
     count, channels, height, width = x.shape
@@ -195,4 +202,5 @@ _CALLS: dict[str, Call] = {
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "WanTransformer3DModel": _wan,
 }

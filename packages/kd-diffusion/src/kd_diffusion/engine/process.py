@@ -305,8 +305,10 @@ def process_of(scheduler: Any) -> tuple[Process, str]:
     Raises InputError for a scheduler without alphas_cumprod that is not one of the known continuous ones.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if name.startswith("FlowMatch"):
+    if name.startswith(("FlowMatch", "FlowMap")):
         return Flow(float(config.get("shift") or 1.0)), "flow_prediction"
+    if config.get("use_flow_sigmas"):
+        return Flow(float(config.get("flow_shift") or 1.0)), "flow_prediction"
     if name == "SCMScheduler":
         return TrigFlow(), "trigflow"
     if name.startswith(("EDM", "CMStochastic")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.process import EDM, VP, Flow, Process, process_of
+from kd_diffusion.engine.rollout import Renoise
 from kd_diffusion.integrations.conditioners import ClassConditioner, NoConditioner, TextConditioner, conditioner_of
 from kdcore.errors import InputError
 
@@ -24,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Space(nn.Module):
     """The space that diffusion runs in: latents of a VAE (scaled and shifted as its config says), or pixels."""
 
-    def __init__(self, vae: nn.Module | None, shape: tuple[int, int, int]):
+    def __init__(self, vae: nn.Module | None, shape: tuple[int, ...]):
         super().__init__()
         self.vae, self.shape = vae, shape
 
@@ -34,7 +36,8 @@ class Space(nn.Module):
         if self.vae is None:
             return pixels
         encoded = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype)).latent_dist.sample()
-        return ((encoded - self._shift()) * self.vae.config.scaling_factor).to(pixels.dtype)
+        shift, deviation = self._scaling(encoded)
+        return ((encoded - shift) / deviation).to(pixels.dtype)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -45,11 +48,18 @@ class Space(nn.Module):
         """`decode` with a graph to x, for losses on pixels."""
         if self.vae is None:
             return x
-        latents = x / self.vae.config.scaling_factor + self._shift()
+        shift, deviation = self._scaling(x)
+        latents = x * deviation + shift
         return self.vae.decode(latents.to(next(self.vae.parameters()).dtype), return_dict=False)[0].to(x.dtype)
 
-    def _shift(self) -> float:
-        return self.vae.config.get("shift_factor") or 0.0
+    def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, deviation) of the latents: numbers, or one a channel where the VAE has those (Wan)."""
+        config = self.vae.config
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            pair = (torch.tensor(config[name]).to(like) for name in ("latents_mean", "latents_std"))
+            shift, deviation = (values.reshape(1, -1, *[1] * (like.ndim - 2)) for values in pair)
+            return shift, deviation
+        return config.get("shift_factor") or 0.0, 1 / config.scaling_factor
 
 
 @dataclass
@@ -86,12 +96,15 @@ def open_pipeline(
     dtype: str = "fp32",
     variant: str | None = None,
     null_class: int | None = None,
+    size: tuple[int, int, int] | None = None,
 ) -> Opened:
-    """Opens a pipeline by hub name or folder; weights from safetensors alone.
+    """Opens a pipeline by hub name or folder; weights from safetensors alone. `size` as `opened` has it.
 
     Raises InputError that names `field` where it cannot be loaded or holds no network that is known.
     """
     from diffusers import DiffusionPipeline
+
+    import kd_diffusion.integrations.experts  # noqa: F401 - a folder may name its class
 
     local = Path(name).exists()
     try:
@@ -101,21 +114,31 @@ def open_pipeline(
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{field} = '{name}': no diffusers pipeline could be loaded ({reason})") from None
-    return opened(pipe, field=field, null_class=null_class)
+    return opened(pipe, field=field, null_class=null_class, size=size)
 
 
-def opened(pipe: Any, *, field: str = "teacher", null_class: int | None = None) -> Opened:
-    """A pipeline in memory, taken apart. Raises InputError like `open_pipeline`."""
+def opened(
+    pipe: Any,
+    *,
+    field: str = "teacher",
+    null_class: int | None = None,
+    size: tuple[int, int, int] | None = None,
+) -> Opened:
+    """A pipeline in memory, taken apart; `size` is a video's frames, height and width. InputError like `open_pipeline`.
+
+    Two networks that share the noise levels (`transformer_2` and `boundary_ratio`) become one, see `experts`.
+    """
+    from kd_diffusion.integrations.experts import experts_of, network_of
+
     slot = next((name for name in ("unet", "transformer") if getattr(pipe, name, None) is not None), None)
     if slot is None:
         raise InputError(f"{field}: {type(pipe).__name__} has neither a unet nor a transformer")
-    network = getattr(pipe, slot)
+    network = network_of(pipe, slot)
+    one = experts_of(network)[0][0]
     process, prediction_type = process_of(pipe.scheduler)
     vae = getattr(pipe, "vae", None)
-    space = Space(vae, latent_shape(network))
-    return Opened(
-        pipe, slot, Denoiser(network, process, prediction_type), conditioner_of(pipe, network, null_class), space
-    )
+    space = Space(vae, latent_shape(one) if "sample_size" in one.config else video_shape(pipe, one, size, field))
+    return Opened(pipe, slot, Denoiser(network, process, prediction_type), conditioner_of(pipe, one, null_class), space)
 
 
 def latent_shape(network: nn.Module) -> tuple[int, int, int]:
@@ -128,6 +151,20 @@ def latent_shape(network: nn.Module) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def video_shape(pipe: Any, network: nn.Module, size: tuple[int, int, int] | None, field: str) -> tuple[int, ...]:
+    """(C, F, H, W) of a video's latents; the pipeline's default call says the size where `size` does not."""
+    if size is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        size = tuple(parameters[name].default for name in ("num_frames", "height", "width"))
+    frames, height, width = size
+    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    _, rows, columns = network.config.patch_size
+    if (frames - 1) % temporal or height % (spatial * rows) or width % (spatial * columns):
+        allowed = f"{temporal} n + 1 frames, multiples of {spatial * rows} and {spatial * columns}"
+        raise InputError(f"{field}.size = {list(size)}: allowed: {allowed}")
+    return network.config.in_channels, (frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -138,13 +175,14 @@ def save_student(
 
     `extra` is written to kd.json beside model_index.json: what a reader of the folder should know (levels, method).
     """
-    lora = has_lora(network)
-    if lora:
-        save_lora(opened, network, folder / "lora")
-        network = merged(network)
-    pipe = copy.copy(opened.pipe)
-    pipe._internal_dict = copy.deepcopy(dict(opened.pipe._internal_dict))
-    pipe.register_modules(**{opened.slot: network, "scheduler": scheduler})
+    from kd_diffusion.integrations.experts import experts_of, joined, place
+
+    networks, boundaries = experts_of(network)
+    for number, expert in enumerate(networks, 1):
+        if has_lora(expert):
+            save_lora(opened, expert, folder / "lora" / (f"expert_{number}" if boundaries else ""))
+    pipe = place(opened.pipe, opened.slot, joined([merged(n) if has_lora(n) else n for n in networks], boundaries))
+    pipe.register_modules(scheduler=scheduler)
     pipe.save_pretrained(folder, safe_serialization=True)
     if extra:
         (folder / "kd.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
@@ -188,12 +226,15 @@ def sampler_config(
     indices: Sequence[float],
     *,
     start: Literal["unit", "noised"] = "unit",
+    renoise: Renoise = "noise",
 ) -> Any:
     """A stock scheduler with which `pipe(.., num_inference_steps=N)` takes the student's own steps.
 
     EDM: CMStochasticIterativeScheduler. Flow: FlowMatchEulerDiscreteScheduler that draws new noise in each step (give
-    `sigmas=` the levels). VP: the table is cut at the first level, so that one step starts there; LCMScheduler, or for
-    one step from a noised zero image EulerDiscreteScheduler, whose first latent is s_t z.
+    `sigmas=` the levels); with Euler's steps FlowMapEulerDiscreteScheduler, whose steps start at the levels, or
+    FlowMatchEulerDiscreteScheduler where the teacher shifts dynamically and its pipeline gives the levels itself. VP:
+    the table is cut at the first level, so that one step starts there; LCMScheduler, or for one step from a noised zero
+    image EulerDiscreteScheduler, whose first latent is s_t z.
     """
     import diffusers
 
@@ -207,6 +248,10 @@ def sampler_config(
             rho=process.rho,
             clip_denoised=False,
         )
+    if isinstance(process, Flow) and renoise == "euler" and not config.get("use_dynamic_shifting"):
+        return diffusers.FlowMapEulerDiscreteScheduler(shift=process.shift)
+    if isinstance(process, Flow) and renoise == "euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     if isinstance(process, Flow):
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
     if not isinstance(process, VP):
