@@ -355,6 +355,7 @@ def score_method(
     sampling: Sampling = Sampling(),
     batch_factor: int = 1,
     networks: MakeNetworks = make_networks,
+    check: Callable[[Run, Data], None] = check,
 ) -> Method[Any]:
     """A method whose stages are teacher, features, student."""
 
