@@ -328,6 +328,31 @@ def test_middle_features_are_a_map_and_come_with_the_prediction(world):
     assert torch.equal(middle_features(world.denoiser, world.x_t, world.t, world.condition), features)
 
 
+def test_nothing_behind_the_middle_runs_for_its_features(world):
+    modules = [m for m in world.denoiser.network.modules() if not list(m.children())]
+    with_middle(world.denoiser, world.x_t, world.t, world.condition)
+    ran = []
+    handles = [m.register_forward_hook(lambda module, args, output: ran.append(module)) for m in modules]
+    middle_features(world.denoiser, world.x_t, world.t, world.condition)
+    part = len(ran)
+    world.denoiser(world.x_t, world.t, world.condition)
+    for handle in handles:
+        handle.remove()
+    assert 0 < part < len(ran) - part
+    assert ran[part : 2 * part] == ran[:part]  # the whole pass starts with the same modules
+
+
+def test_middle_features_have_the_same_gradient_with_recomputed_activations(world):
+    network = world.denoiser.network.train()
+    gradients = []
+    for _ in range(2):
+        x_t = world.x_t.clone().requires_grad_()
+        middle_features(world.denoiser, x_t, world.t, world.condition).square().sum().backward()
+        gradients.append(x_t.grad)
+        network.enable_gradient_checkpointing()
+    torch.testing.assert_close(*gradients)
+
+
 def test_tokens_become_a_map_row_by_row():
     network, process, name, channels, condition = dit()
     denoiser = Denoiser(randomise(network), process, name)

@@ -102,9 +102,26 @@ class Discriminator(nn.Module):
         return self.head(features.to(next(self.head.parameters()).dtype)).float()
 
 
+class _Reached(Exception):
+    """The middle of the network has its output; the rest of the forward pass is not needed."""
+
+
 def middle_features(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The output of the network's middle module as a map (B, C, h, w)."""
-    return with_middle(denoiser, x_t, t, condition)[1]
+    """The output of the network's middle module as a map (B, C, h, w); the network runs no further than that."""
+    kept: list[Tensor] = []
+
+    def stop(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append(_tensor(output))
+        raise _Reached
+
+    handle = denoiser.middle.register_forward_hook(stop)
+    try:
+        denoiser.output(x_t, t, condition)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return _as_map(kept[-1], x_t)
 
 
 def with_middle(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
@@ -115,12 +132,16 @@ def with_middle(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition
         mu = denoiser(x_t, t, condition)
     finally:
         handle.remove()
-    features = kept[-1]
-    if features.ndim == 3:  # tokens of a transformer, row by row
-        ratio = x_t.shape[-2] / x_t.shape[-1]
-        height = round(math.sqrt(features.shape[1] * ratio))
-        features = features.transpose(1, 2).reshape(len(features), -1, height, features.shape[1] // height)
-    return mu, features
+    return mu, _as_map(kept[-1], x_t)
+
+
+def _as_map(features: Tensor, x_t: Tensor) -> Tensor:
+    """Tokens of a transformer (B, L, C), row by row, as (B, C, h, w); maps as they are."""
+    if features.ndim != 3:
+        return features
+    ratio = x_t.shape[-2] / x_t.shape[-1]
+    height = round(math.sqrt(features.shape[1] * ratio))
+    return features.transpose(1, 2).reshape(len(features), -1, height, features.shape[1] // height)
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
