@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion.data import load_data
@@ -117,7 +117,11 @@ class SiD(ScoreDistiller):
     ):
         super().__init__(networks, args, seed=seed, ema=ema)
         self.samples_per_step, self.fp16 = samples_per_step, fp16
-        self.kappa_training, self.kappa_fake, self.kappa_real = args.kappas()
+        self.kappa_training, self.kappa_fake, kappa_real = args.kappas()
+        if not self.kappa_training == self.kappa_fake == kappa_real == 1 and not isinstance(
+            self.conditioner, nn.Module
+        ):
+            self.null(1, 0.0)  # says now that a network was trained without a class of none
         if not fp16:
             for parameter in (*self.student.parameters(), *self.fake.parameters()):
                 if parameter.requires_grad:
