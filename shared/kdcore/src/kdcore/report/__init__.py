@@ -3,9 +3,21 @@
 The page needs no network and no other file: style, script, charts (inline SVG) and pictures (data URIs) are in it.
 It is readable without JavaScript; the script only adds values under the pointer.
 
-The pictures come from the method's optional `predict(config, artefacts, count)`, a list of
-`{"image": uint8 (H, W) or (H, W, 3), "truth": str, "teacher": {"label": str, "probability": float},
-"student": {...}}`; without it, or where the method is not installed, the page says so.
+The pictures come from the method's optional `predict(config, artefacts, count)`, a list of one of two kinds; without
+it, or where the method is not installed, the page says so. A picture is uint8, (H, W), (H, W, 3) or (H, W, 4).
+
+    predictions    {"image": picture, "truth": str, "teacher": {"label": str, "probability": float}, "student": {...}}
+                   of one input: a list, the disagreements first
+    pictures       {"caption": str, "images": {column: picture}}, such as what teacher and student generate from one
+                   noise: a table, a row each, columns in the order in which they first appear; a strip of several
+                   pictures side by side is a wide picture; a column that a row lacks stays empty there
+
+The curves come from metrics.jsonl: lines of kind "train" and "eval", as the training loop writes them, and
+
+    {"kind": "profile", "name": str, "stage": str, "step": int, "x": [label, ...], "values": [number or null, ...]}
+
+for a curve over something that is not the step, such as a gradient's size by noise level. Every name and stage gets a
+chart with a line for each of a few steps; null leaves a gap.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from kdcore.report.read import Curve, Run, Term
+from kdcore.report.read import Curve, Profile, Run, Term
 
 K = TypeVar("K")
 MAX_POINTS = 500
+MAX_STEPS = 5  # of a profile that are drawn
 _TITLES = {"total": "total (weighted sum)", "lr": "learning rate", "samples_per_second": "samples per second"}
 
 
@@ -102,6 +103,33 @@ def validation_groups(runs: Sequence[Run]) -> list[Group]:
         if panels:
             groups.append(Group(f"stage {stage}", panels))
     return groups
+
+
+@dataclass(frozen=True)
+class ProfileChart:
+    """One chart over labels instead of steps: `lines` are (step, curve over 0..N-1). `of` says where it is from."""
+
+    title: str
+    of: str
+    x: tuple[str, ...]
+    lines: list[tuple[int, Curve]]
+
+
+def profile_charts(runs: Sequence[Run]) -> list[ProfileChart]:
+    """A chart per name, stage and run, charts of one name side by side."""
+    found = [(run, profile) for run in runs for profile in run.profiles]
+    order = _union([[(profile.stage, profile.name) for _, profile in found]])
+    found.sort(key=lambda item: order.index((item[1].stage, item[1].name)))
+    return [_profile_chart(profile, run.label if len(runs) > 1 else "") for run, profile in found]
+
+
+def _profile_chart(profile: Profile, label: str) -> ProfileChart:
+    """The first, the last and some steps between, evenly spread over those that were logged."""
+    steps = list(profile.curves)
+    places = np.linspace(0, len(steps) - 1, min(MAX_STEPS, len(steps))).round().astype(int)
+    x = np.arange(len(profile.x), dtype=np.float64)
+    lines = [(steps[place], Curve(x, profile.curves[steps[place]])) for place in places]
+    return ProfileChart(profile.name, ", ".join(filter(None, (label, f"stage {profile.stage}"))), profile.x, lines)
 
 
 def _term_panel(name: str, terms: Sequence[tuple[int, Term]]) -> Panel:

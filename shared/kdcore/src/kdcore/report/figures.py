@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcore.report.curves import Group, Panel, thin
+from kdcore.report.curves import Group, Panel, ProfileChart, thin
 from kdcore.report.read import Curve
 from kdcore.report.svg import COLOURS, HEIGHT, WIDTH, linear_scale, log_scale, plot, x_scale
 from kdcore.report.text import esc, number
@@ -73,12 +73,41 @@ def figure(panel: Panel, steps: tuple[float, float], labels: Sequence[str], data
     )
 
 
-def _plots(curves: Sequence[tuple[int, Curve]], steps: tuple[float, float], mode: str) -> str:
+def profile_figure(chart: ProfileChart, data: Data) -> str:
+    """One chart over labels, its steps told apart by colour and dashes; appends to `data` as `figure` does."""
+    curves = [curve for _, curve in chart.lines]
+    plots = _plots(list(enumerate(curves)), (0.0, float(len(chart.x) - 1)), "any", chart.x)
+    entries = [
+        {"run": f"step {step}", "colour": index % COLOURS, "any": _points(curve)}
+        for index, (step, curve) in enumerate(chart.lines)
+    ]
+    data.append({"lines": entries, "labels": list(chart.x)})
+    steps = "".join(f"<li>{swatch(index)}step {number(step)}</li>" for index, (step, _) in enumerate(chart.lines))
+    return (
+        f'<figure class="chart" data-chart="{len(data) - 1}"><figcaption><strong>{esc(chart.title)}</strong> '
+        f'<span class="note">{esc(chart.of)}</span><ul class="last">{steps}</ul>{_log_note(curves)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{esc(_spoken_profile(chart))}">'
+        f"{plots}</svg></figure>"
+    )
+
+
+def _spoken_profile(chart: ProfileChart) -> str:
+    parts = [f"Line chart of {chart.title} over {chart.x[0]} to {chart.x[-1]}, {chart.of}."]
+    for step, curve in chart.lines:
+        finite = curve.finite
+        told = f"between {number(finite.min())} and {number(finite.max())}" if len(finite) else "no finite value"
+        parts.append(f"Step {number(step)}: {told}.")
+    return " ".join(parts)
+
+
+def _plots(
+    curves: Sequence[tuple[int, Curve]], steps: tuple[float, float], mode: str, labels: Sequence[str] = ()
+) -> str:
     """The linear and the logarithmic drawing; both are linear where no value is positive."""
     x, plain = x_scale(*steps), [curve for _, curve in curves]
     linear = linear_scale(plain)
-    return plot(curves, x, linear, f'data-term="{mode}" data-scale="linear"') + plot(
-        curves, x, log_scale(plain) or linear, f'data-term="{mode}" data-scale="log"'
+    return plot(curves, x, linear, f'data-term="{mode}" data-scale="linear"', labels) + plot(
+        curves, x, log_scale(plain) or linear, f'data-term="{mode}" data-scale="log"', labels
     )
 
 

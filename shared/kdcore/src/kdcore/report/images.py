@@ -55,9 +55,9 @@ def shrink(image: np.ndarray, limit: int = 256) -> np.ndarray:
     return np.rint(cut.astype(np.float64).mean(axis=(1, 3))).astype(np.uint8)
 
 
-def data_uri(image: Any) -> str:
-    """The picture as `data:image/png;base64,...`, shrunk to what a report needs; ValueError as in `png`."""
+def data_uri(image: Any, limit: int = 256) -> str:
+    """The picture as `data:image/png;base64,...`, its longer side at most `limit`; ValueError as in `png`."""
     pixels = np.asarray(image)
     if pixels.dtype == np.uint8 and pixels.ndim in (2, 3) and 0 not in pixels.shape:
-        pixels = shrink(pixels)
+        pixels = shrink(pixels, limit)
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode("ascii")

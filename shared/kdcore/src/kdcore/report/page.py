@@ -8,10 +8,10 @@ from importlib.resources import files
 from typing import Any
 
 from kdcore.errors import InputError
-from kdcore.report.curves import Group, training_groups, validation_groups
-from kdcore.report.figures import Data, group_html, legend, swatch, toolbar
-from kdcore.report.pictures import gallery, take_samples
+from kdcore.report.curves import Group, profile_charts, training_groups, validation_groups
+from kdcore.report.figures import Data, group_html, legend, profile_figure, swatch, toolbar
 from kdcore.report.read import Run
+from kdcore.report.samples import take_samples
 from kdcore.report.tables import cards, compare_table, config_differences, confusion_html, metrics_table
 from kdcore.report.text import duration, esc, flatten, moment, script_json, short
 
@@ -48,25 +48,34 @@ Sections = list[tuple[str, str, str]]  # anchor, heading, HTML
 
 def _one(run: Run, samples: int, data: Data) -> Sections:
     results = "" if run.results is None else cards(run.results) + metrics_table(run.results)
+    kind, pictures = _samples(run, samples)
     return [
         ("results", "Results", _notes(run) + results),
         ("training", "Training", _training([run], data)),
         ("validation", "Validation", _validation([run], data)),
+        ("profiles", "Profiles", _profiles([run], data)),
         ("confusion", "Confusion matrix", _confusions([run])),
-        ("samples", "Predictions", _samples(run, samples)),
+        ("samples", kind or "Predictions", pictures),
         ("config", "Config and environment", _details(run)),
     ]
 
 
 def _several(runs: Sequence[Run], samples: int, data: Data) -> Sections:
     notes = "".join(_notes(run, named=True) for run in runs)
+    found = [(run, *_samples(run, samples)) for run in runs]
+    kinds = dict.fromkeys(kind for _, kind, _ in found if kind)
     return [
         ("results", "Results", notes + compare_table(runs)),
         ("differences", "Config differences", config_differences(runs)),
         ("training", "Training", _training(runs, data)),
         ("validation", "Validation", _validation(runs, data)),
+        ("profiles", "Profiles", _profiles(runs, data)),
         ("confusion", "Confusion matrices", _confusions(runs)),
-        ("samples", "Predictions", "".join(_folded(run, _samples(run, samples)) for run in runs) if samples else ""),
+        (
+            "samples",
+            " and ".join(kinds).capitalize() or "Predictions",
+            "".join(_folded(run, body) for run, _, body in found if body),
+        ),
         ("config", "Configs and environments", "".join(f"<h3>{esc(run.label)}</h3>{_details(run)}" for run in runs)),
     ]
 
@@ -173,6 +182,11 @@ def _validation(runs: Sequence[Run], data: Data) -> str:
     return _curves(validation_groups(runs), runs, data, switches=not any(run.trainings for run in runs))
 
 
+def _profiles(runs: Sequence[Run], data: Data) -> str:
+    charts = "".join(profile_figure(chart, data) for chart in profile_charts(runs))
+    return f'<div class="charts">{charts}</div>' if charts else ""
+
+
 def _confusions(runs: Sequence[Run]) -> str:
     figures = [
         confusion_html(confusion, _confusion_caption(run, confusion.name, len(runs) > 1))
@@ -190,11 +204,12 @@ def _confusion_caption(run: Run, name: str, several: bool) -> str:
     return f"{run.label}: {role}" if several else role
 
 
-def _samples(run: Run, count: int) -> str:
+def _samples(run: Run, count: int) -> tuple[str, str]:
+    """What the method's pictures are called, an empty string when there are none, and their HTML."""
     if count == 0:
-        return ""
-    samples, reason = take_samples(run, count)
-    return gallery(samples) if samples else f'<p class="notice" role="note">{esc(reason)}</p>'
+        return "", ""
+    shown, reason = take_samples(run, count)
+    return (shown.title, shown.html) if shown else ("", f'<p class="notice" role="note">{esc(reason)}</p>')
 
 
 def _folded(run: Run, body: str) -> str:

@@ -1,105 +1,80 @@
-"""Inputs with the truth, the teacher's and the student's prediction, from the method's own `predict`."""
+"""Rows of pictures under named columns, such as one noise through teacher and student, as a table."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdcore.report.images import data_uri
-from kdcore.report.read import Run
+import numpy as np
+
+from kdcore.report.images import data_uri, shrink
+from kdcore.report.tables import scroll
 from kdcore.report.text import esc
 
-
-@dataclass(frozen=True)
-class Guess:
-    """A predicted label and its probability (None when the method gives none)."""
-
-    label: str
-    probability: float | None
+SIDE = 112  # CSS pixels that the shorter side of a picture is drawn at, about
+LIMIT = 128  # pixels of the shorter side that are kept
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One input as a data URI; `teacher` is None for methods without one."""
+class Picture:
+    """A picture as a data URI, and the size in CSS pixels that it is drawn at."""
 
-    image: str
-    truth: str
-    teacher: Guess | None
-    student: Guess
-
-    @property
-    def disagrees(self) -> bool:
-        return self.teacher is not None and self.teacher.label != self.student.label
+    uri: str
+    width: int
+    height: int
 
 
-def take_samples(run: Run, count: int) -> tuple[list[Sample], str]:
-    """Samples with the disagreements first, and a sentence that says why there are none.
+@dataclass(frozen=True)
+class Row:
+    """One row: what it shows, an empty string where there is nothing to say, and its pictures by column."""
 
-    The run's method may not be installed, its networks may be missing, its `predict` may fail: a report is made all
-    the same.
-    """
+    caption: str
+    pictures: dict[str, Picture]
+
+
+def pictures(items: Sequence[Mapping[str, Any]]) -> str:
+    """The table as HTML, from what `predict` gave. Raises ValueError, with row and column, on another form."""
+    rows = [_row(item, f"row {number}") for number, item in enumerate(items, start=1)]
+    columns = list(dict.fromkeys(column for row in rows for column in row.pictures))
+    head = "".join(f'<th scope="col">{esc(column)}</th>' for column in columns)
+    body = "".join(_row_html(row, number, columns) for number, row in enumerate(rows, start=1))
+    table = f'<table class="pictures"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+    told = f"{len(rows)} row{'s' * (len(rows) > 1)}; the pictures of a row belong together."
+    return f'<p class="note">{told}</p>{scroll(table, "Pictures")}'
+
+
+def _row(item: Mapping[str, Any], where: str) -> Row:
+    caption, images = item.get("caption"), item.get("images")
+    if not isinstance(caption, str):
+        raise ValueError(f"{where}: caption: expected a string, got {type(caption).__name__}")
+    if not isinstance(images, Mapping) or not images:
+        raise ValueError(f"{where}: images: expected pictures by column, got {images!r:.40}")
+    return Row(caption, {str(name): _picture(image, f"{where}, column '{name}'") for name, image in images.items()})
+
+
+def _picture(image: Any, where: str) -> Picture:
+    pixels = np.asarray(image)
+    shorter, longer = min(pixels.shape[:2], default=0), max(pixels.shape[:2], default=0)
+    # A strip is as high as the other pictures, so its longer side may be many times its shorter one.
+    limit = max(LIMIT, LIMIT * longer // max(1, shorter))
     try:
-        from kdcore.run import load_run
-
-        method, config, artefacts = load_run(run.folder)
-        if method.predict is None:
-            return [], f"No pictures: method {method.key} has no predict function."
-        samples = [_sample(item) for item in method.predict(config, artefacts, count)]
-    except Exception as error:
-        reason = " ".join(str(error).split()) or "no message"
-        unfinished = "" if run.results is not None else " The run is not finished."
-        return [], f"No pictures: {reason} ({type(error).__name__}).{unfinished}"
-    if not samples:
-        return [], "No pictures: the method's predict function returned none."
-    return sorted(samples, key=lambda sample: not sample.disagrees), ""
+        uri = data_uri(pixels, limit)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    height, width = shrink(pixels, limit).shape[:2]
+    zoom = max(1, round(SIDE / min(height, width)))  # whole, so that every pixel is drawn equally large
+    return Picture(uri, zoom * width, zoom * height)
 
 
-def _sample(item: Mapping[str, Any]) -> Sample:
-    teacher = item.get("teacher")
-    return Sample(
-        data_uri(item["image"]), str(item["truth"]), _guess(teacher) if teacher else None, _guess(item["student"])
-    )
+def _row_html(row: Row, number: int, columns: Sequence[str]) -> str:
+    name = row.caption or f"row {number}"
+    cells = "".join(_cell(row.pictures.get(column), f"{name}: {column}") for column in columns)
+    return f'<tr><th scope="row">{esc(row.caption or number)}</th>{cells}</tr>'
 
 
-def _guess(item: Mapping[str, Any]) -> Guess:
-    probability = item.get("probability")
-    return Guess(str(item["label"]), None if probability is None else float(probability))
-
-
-def gallery(samples: Sequence[Sample]) -> str:
-    """The pictures as a list; disagreements carry a badge."""
-    differ = sum(sample.disagrees for sample in samples)
-    told = f"Teacher and student disagree on {differ} of {len(samples)} inputs" + (
-        "; these come first." if differ else "."
-    )
-    if not any(sample.teacher for sample in samples):
-        told = f"{len(samples)} inputs."
-    return f'<p>{told}</p><ul class="samples">{"".join(_figure(sample) for sample in samples)}</ul>'
-
-
-def _figure(sample: Sample) -> str:
-    badge = '<span class="badge">disagree</span>' if sample.disagrees else ""
-    rows = _row("teacher", sample.teacher, sample.truth) + _row("student", sample.student, sample.truth)
-    return (
-        f'<li class="sample{" disagree" if sample.disagrees else ""}">'
-        f'<img src="{sample.image}" alt="Input of class {esc(sample.truth)}">'
-        f'<dl><div class="truth"><dt>truth</dt><dd>{esc(sample.truth)} {badge}</dd></div>{rows}</dl></li>'
-    )
-
-
-def _row(role: str, guess: Guess | None, truth: str) -> str:
-    if guess is None:
-        return ""
-    kind, sign, spoken = ("right", "✓", "correct") if guess.label == truth else ("wrong", "✗", "wrong")
-    mark = f'<span class="{kind}" title="{spoken}" aria-hidden="true">{sign}</span><span class="sr">{spoken}: </span>'
-    return f"<div><dt>{role}</dt><dd>{mark}<span>{esc(guess.label)}</span>{_chance(guess.probability)}</dd></div>"
-
-
-def _chance(probability: float | None) -> str:
-    if probability is None or not math.isfinite(probability):
-        return ""
-    share = min(100.0, max(0.0, 100 * probability))
-    bar = f'<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>'
-    return f'<span class="chance">{share:.0f} %{bar}</span>'
+def _cell(picture: Picture | None, alt: str) -> str:
+    if picture is None:
+        return "<td>–</td>"
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<td><img src="{picture.uri}" {size} alt="{esc(alt)}"></td>'

@@ -58,6 +58,16 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Curves over labels `x` (N) of one stage: step -> values (N,), float64, NaN for a gap; the steps ascend."""
+
+    stage: str
+    name: str
+    x: tuple[str, ...]
+    curves: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Confusion:
     """`counts` (C, C): rows are the truth, columns the prediction."""
 
@@ -78,6 +88,7 @@ class Run:
     stages: dict[str, dict[str, str]] = field(default_factory=dict)
     trainings: list[Training] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
     results: dict[str, Any] | None = None
     confusions: list[Confusion] = field(default_factory=list)
     started: float | None = None
@@ -167,6 +178,8 @@ def _read_json(run: Run, name: str) -> dict[str, Any] | None:
 def _read_log(run: Run) -> None:
     trains: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     evals: dict[str, dict[str, dict[int, float]]] = {}
+    profiles: dict[tuple[str, str, tuple[str, ...]], dict[int, np.ndarray]] = {}
+    odd = 0
     for record in _records(run):
         stage, step = str(record.get("stage", "")), record["step"]
         run.last_step = (stage, step)
@@ -177,11 +190,22 @@ def _read_log(run: Run) -> None:
         elif record.get("kind") == "eval":
             for name, value in _mapping(record.get("metrics")).items():
                 evals.setdefault(stage, {}).setdefault(str(name), {})[step] = _float(value)
+        elif record.get("kind") == "profile":
+            found = _profile(record)
+            if found is None:
+                odd += 1
+            else:
+                profiles.setdefault(found[0], {})[step] = found[1]
     run.trainings = [_training(stage, player, lines) for (stage, player), lines in trains.items()]
     run.validations = [
         Validation(stage, {name: _curve(points) for name, points in metrics.items()})
         for stage, metrics in evals.items()
     ]
+    run.profiles = [Profile(*key, dict(sorted(curves.items()))) for key, curves in profiles.items()]
+    if odd:
+        run.notes.append(
+            f"metrics.jsonl: {odd} profiles were skipped whose 'x' and 'values' are not lists of one length."
+        )
 
 
 def _records(run: Run) -> Iterator[dict[str, Any]]:
@@ -235,6 +259,15 @@ def _training(stage: str, player: str, lines: Mapping[int, Mapping[str, Any]]) -
         {name: Term(_curve(raw), _curve(weighted)) for name, (raw, weighted) in terms.items()},
         {name: _curve(points) for name, points in scalars.items()},
     )
+
+
+def _profile(record: Mapping[str, Any]) -> tuple[tuple[str, str, tuple[str, ...]], np.ndarray] | None:
+    """((stage, name, labels), values); None where labels and values are not lists of one length."""
+    x, values = record.get("x"), record.get("values")
+    if not isinstance(x, list) or not isinstance(values, list) or len(x) != len(values) or not x:
+        return None
+    key = (str(record.get("stage", "")), str(record.get("name", "")), tuple(map(str, x)))
+    return key, np.array([_float(value) for value in values])
 
 
 def _curve(points: Mapping[int, float]) -> Curve:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcore.report.read import Curve
+from kdcore.report.text import esc
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # report.js has the same margins
+LETTER = 5.6  # width of a tick label's letter, about
 COLOURS = 8  # with their dash patterns, in report.css
 
 
@@ -137,17 +139,20 @@ def _close(parts: list[str], drawn: int) -> list[str]:
     return [*parts, "h0"] if drawn == 1 else parts
 
 
-def axes(x: Scale, y: Scale) -> str:
-    """Grid lines and tick labels. Hidden from screen readers: the chart's label gives the range in words."""
+def axes(x: Scale, y: Scale, labels: Sequence[str] = ()) -> str:
+    """Grid lines and tick labels, round steps or the given `labels` of x = 0, 1, ... Hidden from screen readers: the
+    chart's label gives the range in words."""
     out = []
     for tick, py in _placed(log_ticks(y.low, y.high) if y.log else linear_ticks(y.low, y.high), y):
         out.append(f'<path class="grid" d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{py + 3.5:.1f}" text-anchor="end">{tick_label(tick)}</text>')
     out.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    for tick, px in _placed([t for t in linear_ticks(x.low, x.high) if float(t).is_integer()], x):
+    ticks = label_ticks(labels) if labels else [t for t in linear_ticks(x.low, x.high) if float(t).is_integer()]
+    for tick, px in _placed(ticks, x):
         out.append(f'<path class="axis" d="M{px:.1f} {HEIGHT - BOTTOM}v4"/>')
         anchor = "end" if px > WIDTH - RIGHT - 8 else "middle"
-        out.append(f'<text class="tick" x="{px:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{tick_label(tick)}</text>')
+        text = esc(labels[int(tick)]) if labels else tick_label(tick)
+        out.append(f'<text class="tick" x="{px:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{text}</text>')
     return f'<g aria-hidden="true">{"".join(out)}</g>'
 
 
@@ -155,9 +160,20 @@ def _placed(ticks: Sequence[float], scale: Scale) -> list[tuple[float, float]]:
     return list(zip(ticks, scale(np.array(ticks, dtype=np.float64)).tolist(), strict=True))
 
 
-def plot(curves: Sequence[tuple[int, Curve]], x: Scale, y: Scale, attributes: str) -> str:
-    """One drawing of a chart: axes and a path per (colour index, curve)."""
+def label_ticks(labels: Sequence[str]) -> list[float]:
+    """Positions of the labels that fit beside each other: the first and every k-th one.
+
+    >>> label_ticks(["low", "middle", "high"])
+    [0.0, 1.0, 2.0]
+    """
+    room = (WIDTH - RIGHT - LEFT) / max(1, len(labels) - 1)
+    every = math.ceil((LETTER * max(map(len, labels)) + 6) / room)
+    return [float(index) for index in range(0, len(labels), max(1, every))]
+
+
+def plot(curves: Sequence[tuple[int, Curve]], x: Scale, y: Scale, attributes: str, labels: Sequence[str] = ()) -> str:
+    """One drawing of a chart: axes and a path per (colour index, curve); `labels` of x = 0, 1, ... where it has any."""
     (x0, x1), (y0, y1) = x.bounds, y.bounds
     data = f'data-x0="{x0:.10g}" data-x1="{x1:.10g}" data-y0="{y0:.10g}" data-y1="{y1:.10g}" data-log="{int(y.log)}"'
     lines = "".join(f'<path class="line c{index % COLOURS}" d="{path(curve, x, y)}"/>' for index, curve in curves)
-    return f'<g class="plot" {attributes} {data}>{axes(x, y)}{lines}</g>'
+    return f'<g class="plot" {attributes} {data}>{axes(x, y, labels)}{lines}</g>'

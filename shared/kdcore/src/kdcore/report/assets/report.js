@@ -16,11 +16,12 @@
     }
     return low > 0 && x - steps[low - 1] <= steps[low] - x ? low - 1 : low;
   };
-  const format = (value) => value === null ? "not finite" : String(Number(value.toPrecision(4)));
+  const format = (value, gap) => value === null ? gap : String(Number(value.toPrecision(4)));
 
   for (const figure of document.querySelectorAll(".chart")) {
     const svg = figure.querySelector(":scope > svg"), chart = charts[Number(figure.dataset.chart)];
     const box = { left: 46, right: svg.viewBox.baseVal.width - 10, top: 8, bottom: svg.viewBox.baseVal.height - 24 };
+    const name = (step) => chart.labels ? chart.labels[step] : "step " + step;  // a profile's x are labels
     let cursor = null, tip = null, at = null;
 
     const hide = () => { cursor?.remove(); tip?.remove(); cursor = tip = at = null; };
@@ -46,9 +47,9 @@
         if (point.value !== null && !(log && point.value <= 0))
           make("circle", { class: "c" + chart.lines[index].colour, cx: px(point.step), cy: py(point.value), r: 3.5 }, cursor);
         const where = found.length > 1 && point.step !== at ? ` (step ${point.step})` : "";
-        return (found.length > 1 ? point.run + ": " : "") + format(point.value) + where;
+        return (found.length > 1 ? point.run + ": " : "") + format(point.value, chart.labels ? "no value" : "not finite") + where;
       });
-      for (const text of found.length > 1 ? [`step ${at}`, ...rows] : [`step ${at}: ${rows[0]}`])
+      for (const text of found.length > 1 ? [name(at), ...rows] : [`${name(at)}: ${rows[0]}`])
         tip.appendChild(document.createElement("div")).textContent = text;
       figure.appendChild(tip);
       const rect = svg.getBoundingClientRect();
