@@ -20,6 +20,15 @@ COUNT = 8
 SEED = 20_001  # of the noise that every picture of a run starts from
 
 
+def bucket_names(count: int) -> list[str]:
+    """The parts of the table of times, least noise first.
+
+    >>> bucket_names(2)
+    ['0-50 %', '50-100 %']
+    """
+    return [f"{100 * k // count}-{100 * (k + 1) // count} %" for k in range(count)]
+
+
 class Snapshots:
     """The `evaluate` of a TrainSetup: writes `snapshots/<stage>-<step>.npy`, (8, C, H, W) pixels in [-1, 1], and logs
     the generator's gradient by noise level. Gives no metric: those need many samples."""
@@ -40,7 +49,9 @@ class Snapshots:
             folder = self.context.folder / "snapshots"
             folder.mkdir(exist_ok=True)
             np.save(folder / f"{self.stage}-{step:07d}.npy", pixels.numpy(), allow_pickle=False)
-        self.context.log(kind="gradient_by_level", stage=self.stage, step=step, values=levels)
+        if any(value is not None for value in levels):  # none right after a resume
+            name, x = "gradient norm by noise level", bucket_names(len(levels))
+            self.context.log(kind="profile", name=name, stage=self.stage, step=step, x=x, values=levels)
         return {}
 
     def _function(self, deployed: nn.Module) -> ev.Generate:
