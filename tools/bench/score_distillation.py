@@ -13,9 +13,10 @@ AdamW, same clipping norm.
 The first three have the head on the frozen teacher's middle block, the only host FastGen has. FastGen counts
 differently: of `student_update_freq` iterations one is the generator's and the others are the fake's, each on fresh
 samples. It runs with R + 1, so that a cycle has as many steps of both; it then generates R + 1 batches where the other
-loops generate R. Its loop clips and repairs only the student's gradients, as its config has it. Its callbacks that
-only report (wandb, GPU statistics, profiler) are off. `calls` in the result counts the network's forward passes in a
-cycle, whole ones and those that end at the middle block.
+loops generate R. Its generator's GAN term reads the features of the teacher's own pass at x_t, where the others noise
+x anew, as the paper has it. Its loop clips and repairs only the student's gradients, as its config has it. Its
+callbacks that only report (wandb, GPU statistics, profiler) are off; nothing of it is replaced. `calls` in the result
+counts the network's forward passes in a cycle, whole ones and those that end at the middle block.
 
 Time: one process, blocks of cycles interleaved over the contenders in a new random order each round; a contender's
 ratio is the median over the rounds of its block against the same round's block of its reference. Loading is included.
@@ -34,6 +35,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -325,10 +327,53 @@ def adapter() -> Any:
     return Hosted
 
 
+def kdcore_loop(arguments: argparse.Namespace, device: Any, trunk: bool) -> Iterator[None]:
+    """`kdcore.training.Loop`, one iteration at a time: what its `fit` does between two checkpoints."""
+    from kd_diffusion.engine.adversarial import GANConfig
+    from kd_diffusion.engine.denoiser import Denoiser
+    from kd_diffusion.engine.distillation import Networks
+    from kd_diffusion.engine.process import EDM
+    from kd_diffusion.integrations.conditioners import ClassConditioner
+    from kd_diffusion.integrations.pipelines import Space
+    from kd_diffusion.methods.dmd2 import DMD2, DMD2Config
+    from kdcore.config import OptimizerConfig, RunConfig, TrainConfig
+    from kdcore.data import seeded_loader
+    from kdcore.stages import RunContext
+    from kdcore.training import Loop, TrainSetup, make_accelerator
+
+    gan = GANConfig(
+        host="fake_trunk" if trunk else "teacher_features",
+        weight_generator=LAMBDA_G,
+        weight_discriminator=LAMBDA_D,
+    )
+    teacher, fake, student = (
+        Denoiser(unet(arguments), EDM(SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA), "edm") for _ in range(3)
+    )
+    space = Space(None, (3, arguments.size, arguments.size))
+    networks = Networks(teacher, fake, student, ClassConditioner(CLASSES, CLASSES), space)
+    distiller = DMD2(networks, DMD2Config(fake_updates=arguments.ratio, gan=gan))
+    optimizer = OptimizerConfig(name="adamw", **ADAMW)
+    train = TrainConfig(steps=10**6, batch_size=arguments.batch, optimizer=optimizer, clip=CLIP)
+    accelerator = make_accelerator(train, cpu=device.type == "cpu")
+    context = RunContext(RunConfig(method="dmd2", train=train), Path(tempfile.mkdtemp()), accelerator, quiet=True)
+    loader = seeded_loader(images(arguments), arguments.batch)
+    loop = Loop("student", context, TrainSetup(distiller, loader), train)
+    with loop.log:
+        while True:
+            for window in loop._windows():
+                loop.window += 1
+                loop._iteration(window)
+                if loop.step % arguments.ratio == 0:
+                    yield
+            loop.epoch, loop.window = loop.epoch + 1, 0
+
+
 def contender(name: str, arguments: argparse.Namespace, device: Any) -> Iterator[None]:
     makers: dict[str, Callable[[], Iterator[None]]] = {
         "bare": lambda: bare(arguments, device, trunk=False),
         "trunk-bare": lambda: bare(arguments, device, trunk=True),
+        "kdcore": lambda: kdcore_loop(arguments, device, trunk=False),
+        "trunk-kdcore": lambda: kdcore_loop(arguments, device, trunk=True),
         "fastgen": lambda: fastgen(arguments, device),
     }
     return makers[name]()
@@ -421,9 +466,7 @@ def ratio(seconds: dict[str, list[float]], name: str) -> float:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--fastgen", type=Path, help="checkout of NVlabs/FastGen; without it that contender is left out"
-    )
+    parser.add_argument("--fastgen", type=Path, help="checkout of NVlabs/FastGen; without it that contender is out")
     parser.add_argument("--size", type=int, default=32, help="image side")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of the network, per resolution")
     parser.add_argument("--layers", type=int, default=1, help="residual blocks per resolution")
