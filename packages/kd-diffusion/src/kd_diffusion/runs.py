@@ -29,7 +29,7 @@ from kd_diffusion.snapshots import Snapshots
 from kd_diffusion.worlds import WorldConfig, world_stages
 from kdcore.config import Config, RunConfig, TrainConfig
 from kdcore.errors import InputError
-from kdcore.method import Method
+from kdcore.method import Method, get
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
@@ -346,6 +346,54 @@ def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
     return own
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a method of this family: its arguments, its distiller, its networks and how its student steps."""
+
+    arguments: type[ScoreArgs]
+    build: Build
+    sampling: Sampling = Sampling()
+    batch_factor: int = 1
+    networks: MakeNetworks = make_networks
+    check: Callable[[Run, Data], None] = check
+
+    def stages(self, config: Run, context: RunContext) -> list[Stage]:
+        """teacher, features, student."""
+        data = load_data(config.data, config.seed)
+        self.check(config, data)
+        student = student_stage(
+            config,
+            data,
+            self.build,
+            sampling=self.sampling,
+            batch_factor=self.batch_factor,
+            networks=self.networks,
+        )
+        return [*prepare(config, data), student]
+
+    def evaluate(self, config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
+        return evaluate(config, artefacts, sampling=self.sampling)
+
+    def predict(self, config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
+        from kd_diffusion.pictures import comparison
+
+        def student(teacher: Opened) -> ev.Generate:
+            return saved_student(config, artefacts, teacher, self.sampling)[1]
+
+        return comparison(config, artefacts, count, student=student)
+
+
+_RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(key: str) -> tuple[Recipe, Method[Any]]:
+    """The recipe of an installed method that `score_method` registered, for methods that run on top of another."""
+    method = get(key)
+    if key not in _RECIPES:
+        raise InputError(f"method '{key}': is no method of score distillation; these are: {', '.join(_RECIPES)}")
+    return _RECIPES[key], method
+
+
 def score_method(
     key: str,
     doc: str,
@@ -358,19 +406,5 @@ def score_method(
     check: Callable[[Run, Data], None] = check,
 ) -> Method[Any]:
     """A method whose stages are teacher, features, student."""
-
-    def stages(config: Run, context: RunContext) -> list[Stage]:
-        data = load_data(config.data, config.seed)
-        check(config, data)
-        student = student_stage(config, data, build, sampling=sampling, batch_factor=batch_factor, networks=networks)
-        return [*prepare(config, data), student]
-
-    def evaluated(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
-        return evaluate(config, artefacts, sampling=sampling)
-
-    def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
-        from kd_diffusion.pictures import comparison
-
-        return comparison(config, artefacts, count, student=lambda t: saved_student(config, artefacts, t, sampling)[1])
-
-    return Method(key, doc, DiffusionRun[arguments], stages, evaluated, predict)  # type: ignore[valid-type]
+    own = _RECIPES[key] = Recipe(arguments, build, sampling, batch_factor, networks, check)
+    return Method(key, doc, DiffusionRun[arguments], own.stages, own.evaluate, own.predict)  # type: ignore[valid-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,15 +28,11 @@ def add_lora(network: nn.Module, config: LoRAConfig, *, field: str = "lora") -> 
 
     Raises InputError when no layer's name ends with one of the targets.
     """
-    from peft import LoraConfig
-
     names = [name for name, _ in network.named_modules()]
     if not any(name == end or name.endswith(f".{end}") for name in names for end in config.targets):
         raise InputError(f"{field}.targets = {config.targets}: no layer of {type(network).__name__} ends like this")
     network.requires_grad_(False)
-    network.add_adapter(
-        LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, init_lora_weights="gaussian")
-    )
+    network.add_adapter(_peft_config(config))
     for name, parameter in network.named_parameters():
         if "lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # small steps on small weights
@@ -43,27 +41,66 @@ def add_lora(network: nn.Module, config: LoRAConfig, *, field: str = "lora") -> 
             freeze(module)
 
 
-class SharedDenoiser(Denoiser):
-    """One of two views of a network with adapters: `adapted` is the fake score, not adapted the teacher.
+def _peft_config(config: LoRAConfig) -> Any:
+    from peft import LoraConfig
 
-    The switch is set before each forward, so the views may be called in any order.
+    return LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, init_lora_weights="gaussian"
+    )
+
+
+class SharedDenoiser(Denoiser):
+    """One view of a network with adapters: `adapter` names the one it uses, None the network without any.
+
+    The switch is set before each forward, so that the views may be called in any order.
     """
 
-    def __init__(self, denoiser: Denoiser, *, adapted: bool):
+    def __init__(self, denoiser: Denoiser, *, adapter: str | None):
         super().__init__(denoiser.network, denoiser.process, denoiser.prediction_type)
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.adapted = adapted
+        self.adapter = adapter
         self._layers = tuple(m for m in self.network.modules() if isinstance(m, BaseTunerLayer))
 
     def output(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        # peft's own switch also changes requires_grad, which belongs to whoever's turn it is.
+        # peft's own switches also change requires_grad, which belongs to whoever's turn it is.
         for layer in self._layers:
-            layer._disable_adapters = not self.adapted
+            layer._disable_adapters = self.adapter is None
+            if self.adapter is not None:
+                layer._active_adapter = [self.adapter]
         return super().output(x_t, t, condition)
 
 
 def shared_views(denoiser: Denoiser, config: LoRAConfig, *, field: str = "lora") -> tuple[Denoiser, Denoiser]:
-    """(teacher, fake) on one network: without and with the adapters that this adds."""
+    """(teacher, fake) on one network: without and with the adapter that this adds."""
     add_lora(denoiser.network, config, field=field)
-    return SharedDenoiser(denoiser, adapted=False), SharedDenoiser(denoiser, adapted=True)
+    return SharedDenoiser(denoiser, adapter=None), SharedDenoiser(denoiser, adapter="default")
+
+
+def add_frozen_adapter(network: nn.Module, config: LoRAConfig, name: str) -> None:
+    """Another adapter that never trains, for weights that are loaded into it."""
+    before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    network.add_adapter(_peft_config(config), adapter_name=name)
+    for parameter_name, parameter in network.named_parameters():
+        parameter.requires_grad_(parameter_name in before)
+    for layer_name, module in network.named_modules():
+        if layer_name.endswith(f".{name}") and "lora_" in layer_name:
+            freeze(module.float())
+
+
+def adapter_state(network: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """The adapter's weights, or {} for a network without adapters."""
+    if not getattr(network, "peft_config", None):
+        return {}
+    from peft.utils import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(network, adapter_name=adapter))
+
+
+def load_adapter(network: nn.Module, state: dict[str, Tensor], adapter: str) -> None:
+    """Loads what `adapter_state` gave into an adapter. Raises ValueError where a name does not fit."""
+    from peft.utils import set_peft_model_state_dict
+
+    if set(state) != set(adapter_state(network, adapter)):
+        raise ValueError(f"its names are not those of the adapter '{adapter}'")
+    set_peft_model_state_dict(network, state, adapter_name=adapter)
