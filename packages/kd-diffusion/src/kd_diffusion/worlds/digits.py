@@ -8,23 +8,31 @@ from typing import Any
 from torch import nn
 
 from kd_diffusion.data import Data
+from kd_diffusion.engine.process import TABLE
 from kd_diffusion.worlds.vae import created
 
 SIGMA_MAX = 80.0
 
 
-def consistency_scheduler() -> Any:
-    """The scheduler of pipelines in EDM's form: with sigma_min 0 its scalings are EDM's preconditioning."""
-    from diffusers import CMStochasticIterativeScheduler
+def consistency_pipeline(network: nn.Module) -> Any:
+    """ConsistencyModelPipeline of a network in EDM's form: with sigma_min 0 the scheduler's scalings are EDM's own."""
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
-    return CMStochasticIterativeScheduler(
-        sigma_min=0.0, sigma_max=SIGMA_MAX, sigma_data=0.5, s_noise=1.0, rho=7.0, clip_denoised=False
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=TABLE,
+        sigma_min=0.0,
+        sigma_max=SIGMA_MAX,
+        sigma_data=0.5,
+        s_noise=1.0,
+        rho=7.0,
+        clip_denoised=False,
     )
+    return ConsistencyModelPipeline(network, scheduler)
 
 
 def build_digits_unet(data: Data, network: Mapping[str, Any] | None = None) -> Any:
     """ConsistencyModelPipeline of a UNet2DModel on the data's pixels; the last class embedding is the null class."""
-    from diffusers import ConsistencyModelPipeline, UNet2DModel
+    from diffusers import UNet2DModel
 
     arguments = {
         "sample_size": data.image_size,
@@ -32,7 +40,7 @@ def build_digits_unet(data: Data, network: Mapping[str, Any] | None = None) -> A
         "out_channels": data.channels,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [32, 64],
+        "block_out_channels": [16, 48],
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "attention_head_dim": 16,
@@ -40,7 +48,7 @@ def build_digits_unet(data: Data, network: Mapping[str, Any] | None = None) -> A
         "resnet_time_scale_shift": "scale_shift",
         **(network or {}),
     }
-    return ConsistencyModelPipeline(created(UNet2DModel, arguments, "world.network"), consistency_scheduler())
+    return consistency_pipeline(created(UNet2DModel, arguments, "world.network"))
 
 
 def build_digits_dit(data: Data, vae: nn.Module, network: Mapping[str, Any] | None = None) -> Any:
