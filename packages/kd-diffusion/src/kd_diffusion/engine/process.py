@@ -254,11 +254,12 @@ def subinterval_target(process: Process, prediction_type: str, x_s: Tensor, e: T
     (x_t - (s_t^2 / b) e) / a_t, and a flow network of rectified flow c e - x_s / a_s with
     c = (s_t + a_t s_s^2 / a_s^2) / b. At s_s = 0 they are the usual targets.
     """
-    _, b = renoising(process, s, t)
+    b = expand(renoising(process, s, t)[1], x_s)
     x_t = renoise(process, x_s.double(), e.double(), s, t)
-    a_t, s_t = coefficients(process, t, x_s)
-    noise = s_t / expand(b, x_s) * e.double()
-    x0 = (x_t - s_t * noise) / a_t.clamp_min(_SMALL)
+    (a_s, s_s), (a_t, s_t) = coefficients(process, s, x_s), coefficients(process, t, x_s)
+    a_s = a_s.clamp_min(_SMALL)
+    noise = s_t / b * e.double()
+    x0 = x_s.double() / a_s - a_t * (s_s / a_s).square() / b * e.double()  # (x_t - s_t noise) / a_t, also at a_t = 0
     if prediction_type == "edm":
         return from_x0(process, "edm", x0, x_t, t).to(x_s.dtype)
     return _combine(process, prediction_type, x0, noise, t, x_s).to(x_s.dtype)
