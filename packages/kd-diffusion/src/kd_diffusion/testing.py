@@ -145,3 +145,88 @@ def text_pipeline(folder: Path, *, steps: int = 1000) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def tiny_dit(seed: int = 0, **overrides: Any) -> Any:
+    """DiTTransformer2DModel on 4x4 latents of four channels with 10 classes."""
+    from diffusers import DiTTransformer2DModel
+
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "norm_num_groups": 4,
+        "sample_size": 4,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 10,
+        **overrides,
+    }
+    return random_weights(DiTTransformer2DModel(**arguments), seed)
+
+
+def flow_pipeline(shift: float = 1.0) -> Any:
+    """DiTPipeline of a rectified flow on 8x8 images of one channel."""
+    from diffusers import DiTPipeline, FlowMapEulerDiscreteScheduler
+
+    return DiTPipeline(tiny_dit(), tiny_vae(), FlowMapEulerDiscreteScheduler(shift=shift))
+
+
+def tiny_wan(seed: int = 0) -> Any:
+    """WanTransformer3DModel on latents of four channels."""
+    from diffusers import WanTransformer3DModel
+
+    network = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return random_weights(network, seed)
+
+
+def wan_pipeline(experts: int = 2) -> Any:
+    """WanPipeline with the scheduler and the boundary of Wan 2.2; it halves the side of frames, keeps their number."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 2.0, 1.5, 0.5],
+        scale_factor_temporal=1,
+        scale_factor_spatial=2,
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_letters(), pad_token="<pad>", eos_token="</s>")
+    config = UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=random_weights(UMT5EncoderModel(config), 3),
+        vae=random_weights(vae, 4),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=tiny_wan(0),
+        transformer_2=tiny_wan(1) if experts == 2 else None,
+        boundary_ratio=0.875 if experts == 2 else None,
+    )
+
+
+def _letters() -> Any:
+    """A tokenizer that reads letter by letter and ends with </s>."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    letters = ["<pad>", "</s>", "<unk>", *string.ascii_lowercase]
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer

@@ -50,8 +50,9 @@ class ClassConditioner:
 class TextConditioner(nn.Module):
     """The text side of a pipeline: tokenizers for the data, frozen encoders for the loop.
 
-    One encoder (SD 1.x, 2.x), two with a pooled embedding and time ids (SDXL), or T5 with a mask (PixArt). `null` is
-    the empty prompt, or zeros where the pipeline says `force_zeros_for_empty_prompt` (SDXL).
+    One encoder (SD 1.x, 2.x), two with a pooled embedding and time ids (SDXL), T5 with a mask (PixArt), or UMT5 whose
+    padding is set to zero (Wan). `null` is the empty prompt, or zeros where the pipeline says
+    `force_zeros_for_empty_prompt` (SDXL).
     """
 
     def __init__(self, pipe: Any):
@@ -63,10 +64,11 @@ class TextConditioner(nn.Module):
         self.encoders = nn.ModuleList([encoder for encoder, _ in pairs])
         self.tokenizers = [tokenizer for _, tokenizer in pairs]
         self.is_xl = "time_ids" in _added(pipe)
-        self.has_mask = type(self.encoders[0]).__name__.startswith("T5")
+        self.has_mask = type(self.encoders[0]).__name__.startswith(("T5", "UMT5"))
+        self.zero_padding = type(self.encoders[0]).__name__.startswith("UMT5")
         self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False)) and self.is_xl
         self.max_length = _max_length(pipe, self.tokenizers[0])
-        self.size = _pixel_size(pipe)
+        self.size = _pixel_size(pipe) if self.is_xl else 0
         self._null: Condition | None = None
 
     def tokens(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -87,7 +89,10 @@ class TextConditioner(nn.Module):
             raise InputError("data: the teacher is conditioned on text and the data has no prompts")
         if self.has_mask:
             mask = batch["attention_mask"]
-            return {"prompt_embeds": self.encoders[0](batch["input_ids"], attention_mask=mask)[0], "prompt_mask": mask}
+            embeds = self.encoders[0](batch["input_ids"], attention_mask=mask)[0]
+            if self.zero_padding:
+                return {"prompt_embeds": embeds * mask[..., None].to(embeds.dtype)}
+            return {"prompt_embeds": embeds, "prompt_mask": mask}
         if not self.is_xl:
             return {"prompt_embeds": self.encoders[0](batch["input_ids"])[0]}
         outputs = [
@@ -147,6 +152,8 @@ def _added(pipe: Any) -> str:
 
 
 def _max_length(pipe: Any, tokenizer: Any) -> int:
+    if type(pipe).__name__.startswith("Wan"):
+        return 512
     if type(tokenizer).__name__.startswith("T5"):
         return 300 if "Sigma" in type(pipe).__name__ else 120
     return tokenizer.model_max_length
