@@ -104,7 +104,8 @@ def open_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    import kd_diffusion.integrations.experts  # noqa: F401 - a folder may name its class
+    import kd_diffusion.integrations.experts  # a folder may name its class
+    import kd_diffusion.worlds.networks  # noqa: F401 - the same
 
     local = Path(name).exists()
     try:
