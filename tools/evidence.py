@@ -4,8 +4,9 @@
     uv run python tools/evidence.py --check    exit 1 if a README does not show what the files hold
 
 Reads `packages/*/evidence/<key>.json` (what `kd compare <key>/small --output` leaves as comparison.json), further data
-sets as `<key>-<data>.json`, and `notes.yaml`, a sentence for a file's stem where the numbers need one. The root README
-gets one row a file between its markers; each package's README every arm of every file.
+sets as `<key>-<data>.json`; `notes.yaml`, a sentence for a file's stem where the numbers need one; `headline.yaml`, the
+metrics that a package's tables lead with where that is not the accuracy (see `Headline`). The root README gets one row
+a file between its markers; each package's README every arm of every file.
 
 Differences are the method's minus the arm's, paired by seed, ± their standard error; "within noise" is less than two
 standard errors from zero.
@@ -22,10 +23,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
+from kdcore.config import Config, parse, read_yaml
+from kdcore.errors import InputError
 from kdcore.method import GROUP, Card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,19 +38,49 @@ EVIDENCE = ("<!-- evidence: written by tools/evidence.py -->", "<!-- end of evid
 BASELINES = {"ce": "labels alone (`ce`)", "kd": "plain KD (`kd`)"}
 SHARED = {"agreement"}  # metrics without a prefix that every method of a package reports
 UNITS = {"student/accuracy": 100.0}  # shown in percent; other metrics as they are
+MINUS_ARMS = "student minus each arm"
 
 
 class EvidenceError(Exception):
     """A file that cannot be shown; the message names it."""
 
 
+class Headline(Config):
+    """What the tables of a comparison lead with. Metrics are named without their role: `frechet`, not
+    `student/frechet`."""
+
+    metric: str = Field(min_length=1, description="the student's metric that leads")
+    title: str = Field("", description="the metric in words, over its table in the root README")
+    better: Literal["lower", "higher"] = Field("higher", description="which way is better, said beside the title")
+    teachers: dict[str, str] = Field(description="columns beside the student's: their titles, and their metrics' role")
+    teacher_rows: bool = Field(True, description="whether the package's tables compare the student with each of them")
+    against: dict[str, str] | None = Field(
+        None, description="arms of the root README, in words; None: all, in one cell"
+    )
+    also: list[str] = Field(default_factory=list, description="more of the student's metrics in the package's tables")
+
+    @property
+    def student(self) -> str:
+        return f"student/{self.metric}"
+
+
+class HeadlineFile(Config):
+    """`headline.yaml`: the first entry whose metric a file's student has leads its tables."""
+
+    headlines: list[Headline] = Field(min_length=1)
+
+
+ACCURACY = Headline(metric="accuracy", teachers={"teacher": "teacher"}, teacher_rows=False, against=BASELINES)
+
+
 @dataclass(frozen=True)
 class Result:
-    """One comparison file of a method. `data` says on what."""
+    """One comparison file of a method. `data` says on what, `headline` what its tables lead with."""
 
     path: Path
     card: Card
     data: str
+    headline: Headline
     values: Mapping[str, Any]
 
     @property
@@ -66,6 +100,7 @@ class PackageEvidence:
 
     folder: Path
     cards: dict[str, Card]
+    headlines: list[Headline]
     results: tuple[Result, ...]
     notes: dict[str, str]
 
@@ -83,13 +118,25 @@ def read_package(folder: Path) -> PackageEvidence:
     cards = read_cards(folder)
     order = list(cards)
     files = sorted((folder / "evidence").glob("*.json"), key=lambda path: (order.index(key_of(path, cards)), path.stem))
-    results = tuple(read_result(path, cards[key_of(path, cards)], folder) for path in files)
+    headlines = read_headlines(folder / "evidence" / "headline.yaml")
+    results = tuple(read_result(path, cards[key_of(path, cards)], folder, headlines) for path in files)
     notes_file = folder / "evidence" / "notes.yaml"
     notes = yaml.safe_load(notes_file.read_text(encoding="utf-8")) or {} if notes_file.is_file() else {}
     for stem in notes:
         if stem not in {path.stem for path in files}:
             raise EvidenceError(f"{notes_file}: '{stem}' is no evidence file")
-    return PackageEvidence(folder, cards, results, {stem: " ".join(str(note).split()) for stem, note in notes.items()})
+    sentences = {stem: " ".join(str(note).split()) for stem, note in notes.items()}
+    return PackageEvidence(folder, cards, headlines, results, sentences)
+
+
+def read_headlines(path: Path) -> list[Headline]:
+    """What a package's tables lead with; the accuracy where it does not say."""
+    if not path.is_file():
+        return [ACCURACY]
+    try:
+        return parse(HeadlineFile, read_yaml(path), source=str(path)).headlines
+    except InputError as error:
+        raise EvidenceError(str(error)) from None
 
 
 def read_cards(folder: Path) -> dict[str, Card]:
@@ -113,7 +160,7 @@ def key_of(path: Path, cards: Mapping[str, Card]) -> str:
     return key
 
 
-def read_result(path: Path, card: Card, folder: Path) -> Result:
+def read_result(path: Path, card: Card, folder: Path, headlines: list[Headline]) -> Result:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -126,7 +173,14 @@ def read_result(path: Path, card: Card, folder: Path) -> Result:
     without = [arm for arm in values["arms"] if arm != card.key and arm not in values["differences"]]
     if without:
         raise EvidenceError(f"{path}: no differences for arm '{without[0]}'")
-    return Result(path, card, data_name(path, values, folder), values)
+    means = values["arms"][card.key]["mean"]
+    headline = next((found for found in headlines if found.student in means), None)
+    if headline is None:
+        wanted = " or ".join(found.student for found in headlines)
+        raise EvidenceError(
+            f"{path}: no {wanted}; the package's evidence/headline.yaml names what its tables lead with"
+        )
+    return Result(path, card, data_name(path, values, folder), headline, values)
 
 
 def data_name(path: Path, values: Mapping[str, Any], folder: Path) -> str:
@@ -155,17 +209,38 @@ def number(value: float | None, metric: str, *, signed: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def spread(arm: Mapping[str, Any], metric: str, seeds: int) -> str:
-    """`91.20 ± 0.41`: mean and standard deviation over the seeds."""
-    mean = arm["mean"].get(metric)
+def spread(arm: Mapping[str, Any], metric: str, seeds: int, role: str = "student") -> str:
+    """`91.20 ± 0.41`: mean and standard deviation over the seeds; of a student's metric, or a teacher's like it."""
+    name = metric if role == "student" else of_role(metric, role)
+    mean = arm["mean"].get(name)
     if mean is None:
         return "–"
-    return f"{number(mean, metric)} ± {number(arm['std'][metric], metric)}" if seeds > 1 else number(mean, metric)
+    return f"{number(mean, metric)} ± {number(arm['std'][name], metric)}" if seeds > 1 else number(mean, metric)
 
 
 def difference(result: Result, arm: str, metric: str) -> str:
     """`+1.20 ± 0.30`, the method minus the arm, and whether that is noise."""
-    entry = result.values["differences"].get(arm, {}).get(metric)
+    return shown(result.values["differences"].get(arm, {}).get(metric), metric)
+
+
+def minus_teacher(result: Result, role: str, metric: str) -> str:
+    """The same for the student minus a teacher of its own runs, paired by seed."""
+    from kdcore.compare import differences
+
+    runs = [run["metrics"] for run in result.arms[result.key]["runs"]]
+    pairs = [(run.get(metric), run.get(of_role(metric, role))) for run in runs]
+    if not pairs or any(value is None for pair in pairs for value in pair):
+        return "–"
+    student, teacher = ([{metric: pair[side]} for pair in pairs] for side in (0, 1))
+    return shown(differences(student, teacher)[metric], metric)
+
+
+def of_role(metric: str, role: str) -> str:
+    """`student/frechet` of a teacher: `teacher_4/frechet`."""
+    return f"{role}/{metric.partition('/')[2]}"
+
+
+def shown(entry: Mapping[str, Any] | None, metric: str) -> str:
     if entry is None:
         return "–"
     error = entry["standard_error"]
@@ -197,41 +272,57 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def methods_section(packages: list[PackageEvidence]) -> str:
-    """The root README's table: a row for each evidence file, and one for a method without any."""
+    """The root README's tables: a row for each evidence file, and one for a method without any."""
     parts = []
     for package in packages:
-        rows = []
-        for card in package.cards.values():
-            results = [result for result in package.results if result.key == card.key]
-            rows += [method_row(result) for result in results] or [
-                [f"`{card.key}`", paper(card), *["not measured"] * 5]
-            ]
-        header = ["key", "paper", "data", "teacher", "student", *(f"against {name}" for name in BASELINES.values())]
-        parts.append(f"### {package.folder.name}\n\n{table(header, rows)}")
-        notes = [f"- `{stem}`: {note}" for stem, note in package.notes.items()]
+        parts.append(f"### {package.folder.name}")
+        parts += [methods_table(package, headline) for headline in package.headlines]
+        parts.append("\n".join(f"- `{stem}`: {note}" for stem, note in package.notes.items()))
         link = f"[packages/{package.folder.name}/README.md](packages/{package.folder.name}/README.md#evidence)"
-        parts.append("\n".join(notes))
         parts.append(f"Ablations and every other arm: {link}.")
     return "\n\n".join(part for part in parts if part)
 
 
+def methods_table(package: PackageEvidence, headline: Headline) -> str:
+    """The rows of the files that this metric leads, under its name; methods without a file are in the first table."""
+    against = [MINUS_ARMS] if headline.against is None else [f"against {name}" for name in headline.against.values()]
+    header = ["key", "paper", "data", *headline.teachers, "student", *against]
+    rows = []
+    for card in package.cards.values():
+        results = [result for result in package.results if result.key == card.key]
+        rows += [method_row(result) for result in results if result.headline is headline]
+        if not results and headline is package.headlines[0]:
+            rows.append([f"`{card.key}`", paper(card), *["not measured"] * (len(header) - 2)])
+    if not rows:
+        return ""
+    lead = f"{headline.title}, {headline.better} is better:\n\n" if headline.title else ""
+    return lead + table(header, rows)
+
+
 def method_row(result: Result) -> list[str]:
-    metric, seeds = "student/accuracy", len(result.values["seeds"])
-    own = result.arms[result.key]
-    against = [difference(result, arm, metric) for arm in BASELINES]
+    headline, seeds = result.headline, len(result.values["seeds"])
+    metric, own = headline.student, result.arms[result.key]
+    if headline.against is None:
+        arms = [arm for arm in result.arms if arm != result.key]
+        against = ["<br>".join(f"`{arm}` {difference(result, arm, metric)}" for arm in arms) or "–"]
+    else:
+        against = [difference(result, arm, metric) for arm in headline.against]
     data = f"{result.data}, {seeds} seed{'s' * (seeds > 1)}"
-    teacher = number(own["mean"].get("teacher/accuracy"), metric)
-    return [f"`{result.key}`", paper(result.card), data, teacher, spread(own, metric, seeds), *against]
+    teachers = [number(own["mean"].get(of_role(metric, role)), metric) for role in headline.teachers.values()]
+    return [f"`{result.key}`", paper(result.card), data, *teachers, spread(own, metric, seeds), *against]
 
 
 def evidence_section(package: PackageEvidence) -> str:
     """A package README's tables: every arm of every file, with the method's own metrics."""
     parts = []
     for result in package.results:
-        metrics = ["student/accuracy", *own_metrics(result)]
+        headline = result.headline
+        also = [f"student/{name}" for name in headline.also]
+        also = [metric for metric in also if metric in result.arms[result.key]["mean"]]
+        metrics = [headline.student, *also, *own_metrics(result)]
         seeds = len(result.values["seeds"])
         header = ["arm", "what differs"]
-        header += [text for metric in metrics for text in (heading(metric), f"`{result.key}` minus arm")]
+        header += [text for metric in metrics for text in (heading(metric, headline), f"`{result.key}` minus arm")]
         rows = []
         for arm, entry in result.arms.items():
             cells = [f"`{arm}`", changes(entry.get("overrides") or {})]
@@ -239,6 +330,8 @@ def evidence_section(package: PackageEvidence) -> str:
                 own = arm == result.key
                 cells += [spread(entry, metric, seeds), "" if own else difference(result, arm, metric)]
             rows.append(cells)
+        if headline.teacher_rows:
+            rows += [teacher_row(result, title, role, metrics) for title, role in headline.teachers.items()]
         applied = " ".join(result.values.get("overrides") or [])
         setting = f"`{result.values['config']}`" + (f" with `{applied}`" if applied else "")
         seed_list = ", ".join(map(str, result.values["seeds"]))
@@ -247,13 +340,25 @@ def evidence_section(package: PackageEvidence) -> str:
     return "\n\n".join(part for part in parts if part) or "Nothing is measured yet."
 
 
+def teacher_row(result: Result, title: str, role: str, metrics: list[str]) -> list[str]:
+    """A teacher of the method's own runs, as if it were an arm."""
+    own, seeds = result.arms[result.key], len(result.values["seeds"])
+    cells = [title, "not distilled"]
+    for metric in metrics:
+        students = "/" in metric
+        cells += [spread(own, metric, seeds, role), minus_teacher(result, role, metric)] if students else ["", ""]
+    return cells
+
+
 def own_metrics(result: Result) -> list[str]:
     """The method's own scalars: those without a prefix."""
     mean = result.arms[result.key]["mean"]
     return [metric for metric in mean if "/" not in metric and metric not in SHARED]
 
 
-def heading(metric: str) -> str:
+def heading(metric: str, headline: Headline) -> str:
+    if metric == headline.student and headline.title:
+        return f"student {headline.title}, {headline.better} is better"
     return metric.replace("/", " ").replace("_", " ") + (", %" if metric in UNITS else "")
 
 
