@@ -2,6 +2,7 @@
 
     digits_unet  class-conditional U-Net on pixels, EDM                  ConsistencyModelPipeline
     digits_dit   class-conditional transformer on latents, VP            DiTPipeline
+    digits_flow  the same as a rectified flow                            DiTPipeline
     digits_text  U-Net on latents, conditioned on prompts, VP            StableDiffusionPipeline
     mixture      the exact denoiser of a mixture of Gaussians, EDM       ConsistencyModelPipeline of our MixtureNetwork
 
@@ -25,13 +26,13 @@ from kd_diffusion.data import Data, DataConfig, Samples, load_data, loader
 from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.process import process_of
-from kd_diffusion.worlds import digits, text, vae
+from kd_diffusion.worlds import digits, flow, text, vae
 from kdcore.config import Config, TrainConfig
 from kdcore.errors import InputError
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
-World = Literal["digits_unet", "digits_dit", "digits_text", "mixture"]
+World = Literal["digits_unet", "digits_dit", "digits_flow", "digits_text", "mixture"]
 
 
 def _budget(steps: int, batch_size: int, lr: float, ema: float | None = 0.995) -> dict[str, Any]:
@@ -49,6 +50,7 @@ VAE_BUDGET = _budget(500, 32, 4e-3, None)
 BUDGETS = {
     "digits_unet": _budget(1000, 32, 3e-3),
     "digits_dit": _budget(1500, 64, 2e-3),
+    "digits_flow": _budget(1500, 64, 2e-3),
     "digits_text": _budget(1200, 32, 3e-3),
     "mixture": _budget(2000, 256, 2e-3),
 }
@@ -140,10 +142,12 @@ def _unet_stages(config: WorldConfig, data: Data, seed: int) -> list[Stage]:
     return [_teacher_stage("teacher", config.train, build, seed)]
 
 
-def _dit_stages(config: WorldConfig, data: Data, seed: int) -> list[Stage]:
+def _dit_stages(
+    config: WorldConfig, data: Data, seed: int, pipeline: Callable[..., Any] = digits.build_digits_dit
+) -> list[Stage]:
     def build(context: RunContext) -> tuple[Any, DenoisingDistiller, Samples]:
         autoencoder = _open_vae(context)
-        pipe = digits.build_digits_dit(data, autoencoder, config.network)
+        pipe = pipeline(data, autoencoder, config.network)
         null = {"class_labels": torch.tensor(pipe.transformer.config.num_embeds_ada_norm)}
         distiller = DenoisingDistiller(denoiser(pipe.transformer, pipe), null=null, drop=config.drop, seed=seed)
         return pipe, distiller, Samples(data.train, x=vae.encode(autoencoder, data.train.pixels))
@@ -199,6 +203,7 @@ def _mixture_stages(config: WorldConfig, data: Data, seed: int) -> list[Stage]:
 _STAGES: dict[str, Callable[[WorldConfig, Data, int], list[Stage]]] = {
     "digits_unet": _unet_stages,
     "digits_dit": _dit_stages,
+    "digits_flow": partial(_dit_stages, pipeline=flow.build_digits_flow),
     "digits_text": _text_stages,
     "mixture": _mixture_stages,
 }
