@@ -16,6 +16,7 @@ import yaml
 
 import evidence
 import new_method
+from kdcore.compare import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +118,105 @@ def test_one_seed_has_no_error_bar(tree):
     (tree / "packages/kd-x/evidence/foo.json").write_text(json.dumps(values))
     evidence.main([], tree)
     assert rows(tree / "README.md", "foo")[0][2:] == ["digits, 1 seed", "95.00", "90.00", "+10.00 (one seed)", "–"]
+
+
+HEADLINES = """
+headlines:
+  - metric: frechet
+    title: Fréchet distance
+    better: lower
+    teachers: {"teacher, 1 step": teacher_1, "teacher, 50 steps": teacher_50}
+    also: [recall, accuracy]
+  - {metric: energy_distance, title: energy distance, better: lower, teachers: {"teacher, 50 steps": teacher_50}}
+"""
+
+
+def generation(metric="frechet"):
+    """A comparison of generators on three seeds: student minus teacher is 3, 4, 5 in one step and 0, 1, -1 in 50."""
+
+    def arm(shift):
+        runs = []
+        for seed, student in enumerate((4.0, 6.0, 8.0)):
+            values = {f"student/{metric}": student + shift, "student/recall": 0.5, "teacher_1/recall": 0.25}
+            values |= {f"teacher_1/{metric}": (1.0, 2.0, 3.0)[seed], f"teacher_50/{metric}": (4.0, 5.0, 9.0)[seed]}
+            runs.append({"seed": seed, "metrics": values})
+        return {"overrides": {}, "runs": runs, **summary([run["metrics"] for run in runs])}
+
+    def minus(mean, error, noise):
+        return {f"student/{metric}": {"mean": mean, "standard_error": error, "n": 3, "within_noise": noise}}
+
+    return comparison(
+        arms={"foo": arm(0.0), "no_gan": arm(2.0), "half": arm(0.25)},
+        differences={"no_gan": minus(-2.0, 0.5, False), "half": minus(-0.25, 0.5, True)},
+    )
+
+
+@pytest.fixture
+def generators(tree):
+    folder = tree / "packages/kd-x/evidence"
+    (folder / "headline.yaml").write_text(HEADLINES, encoding="utf-8")
+    (folder / "foo.json").write_text(json.dumps(generation()))
+    (folder / "foo-points.json").write_text(json.dumps(generation("energy_distance")))
+    assert evidence.main([], tree) == 0
+    return tree
+
+
+def test_a_package_names_what_its_root_tables_lead_with(generators):
+    text = (generators / "README.md").read_text(encoding="utf-8")
+    first, second = text.split("energy distance, lower is better:")
+    assert "Fréchet distance, lower is better:" in first
+    head = "| key | paper | data | teacher, 1 step | teacher, 50 steps | student | student minus each arm |"
+    assert head in first
+    assert head.replace("teacher, 1 step | ", "") in second
+    images, points = rows(generators / "README.md", "foo")
+    against = "`no_gan` **−2 ± 0.5**<br>`half` −0.25 ± 0.5, within noise"
+    assert images[2:] == ["digits, 3 seeds", "2", "6", "6 ± 2", against]
+    assert points[2:] == ["points, 3 seeds", "6", "6 ± 2", against]
+    assert text.count("`bar`") == 1  # the method without a file is in the first table alone
+    assert "`bar`" in first
+
+
+def test_a_packages_own_table_compares_with_the_teachers_of_the_same_runs(generators):
+    path = generators / "packages/kd-x/README.md"
+    text = path.read_text(encoding="utf-8").split("### foo-points")[0]
+    (head,) = [line for line in text.splitlines() if line.startswith("| arm")]
+    assert head == (
+        "| arm | what differs | student Fréchet distance, lower is better | `foo` minus arm "
+        "| student recall | `foo` minus arm |"
+    )
+    one, fifty = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| teacher, ")
+    )
+    # The paired differences 3, 4, 5 have mean 4 and standard error 1 / sqrt(3); 0, 1, -1 have mean 0.
+    assert one == ["teacher, 1 step", "not distilled", "2 ± 1", "**+4 ± 0.577**", "0.25 ± 0", "**+0.25 ± 0**"]
+    assert fifty == ["teacher, 50 steps", "not distilled", "6 ± 2.65", "+0 ± 0.577, within noise", "–", "–"]
+    assert "| `no_gan` | the method | 8 ± 2 | **−2 ± 0.5** | 0.5 ± 0 | – |" in text
+
+
+BAD_HEADLINES = [
+    ("headlines: []", "headlines"),
+    ("headlines: [{metric: accuracy, teachers: {t: teacher}, teecher: 1}]", "teecher"),
+    ("headlines: [{metric: accuracy, better: bigger, teachers: {t: teacher}}]", "better"),
+    ("headlines: [{metric: psnr, teachers: {t: teacher}}]", "no student/psnr"),
+    ("- accuracy", "headline.yaml"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_HEADLINES)
+def test_a_broken_headline_file_is_named(tree, capsys, text, message):
+    (tree / "packages/kd-x/evidence/headline.yaml").write_text(text)
+    assert evidence.main([], tree) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "headline.yaml" in said
+
+
+def test_a_metric_that_leads_is_not_guessed(tree, capsys):
+    (tree / "packages/kd-x/evidence/foo.json").write_text(json.dumps(generation()))
+    assert evidence.main([], tree) == 2
+    assert "foo.json: no student/accuracy" in capsys.readouterr().err
 
 
 def test_check_tells_a_stale_readme_and_changes_nothing(tree, capsys):
