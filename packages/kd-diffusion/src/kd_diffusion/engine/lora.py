@@ -32,7 +32,12 @@ def add_lora(network: nn.Module, config: LoRAConfig, *, field: str = "lora") -> 
     if not any(name == end or name.endswith(f".{end}") for name in names for end in config.targets):
         raise InputError(f"{field}.targets = {config.targets}: no layer of {type(network).__name__} ends like this")
     network.requires_grad_(False)
-    network.add_adapter(_peft_config(config))
+    if hasattr(network, "add_adapter"):
+        network.add_adapter(_peft_config(config))
+    else:  # some of diffusers' networks do not know adapters (PixArt, DiT, UNet2DModel)
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(_peft_config(config), network, "default")
     for name, parameter in network.named_parameters():
         if "lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # small steps on small weights
