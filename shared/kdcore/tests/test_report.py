@@ -1,7 +1,10 @@
 """write_report on run directories that are whole, unfinished, broken or hostile."""
 
+import base64
 import json
 import math
+import re
+import struct
 import sys
 import types
 from html.parser import HTMLParser
@@ -249,6 +252,182 @@ def test_no_samples_asked_means_no_prediction_is_made(tmp_path, predictions):
     page = Page(write_report([make_run(tmp_path / "run")], samples=0))
     assert "No pictures" not in page.text
     assert "samples" not in [found.get("id") for _, found in page.elements]
+
+
+# ---------------------------------------------------------------- rows of pictures
+
+
+def picture_row(caption: str, **images) -> dict:
+    return {"caption": caption, "images": {name.replace("_", " "): image for name, image in images.items()}}
+
+
+def grey(height: int, width: int) -> np.ndarray:
+    return np.full((height, width), 200, np.uint8)
+
+
+def test_rows_of_pictures_become_a_table(tmp_path, predictions):
+    first = picture_row("seven", path=grey(8, 53), teacher=grey(8, 8), student=grey(8, 8))
+    second = picture_row("", teacher=np.zeros((14, 7, 3), np.uint8), step_400=grey(28, 28), student=grey(64, 64))
+    predictions.predict = lambda config, artefacts, count: [first, second]
+    page = Page(write_report([make_run(tmp_path / "run")]))
+    assert "Pictures" in page.text
+    assert "Predictions" not in page.text
+    table = page.source.split('<table class="pictures">')[1].split("</table>")[0]
+    cells = [re.findall(r'<th scope="col">(.*?)</th>', row) for row in table.split("<tr>")[1:2]]
+    assert cells == [["path", "teacher", "student", "step 400"]]
+    assert re.findall(r'<th scope="row">(.*?)</th>', table) == ["seven", "2"]
+    assert [re.findall(r'alt="(.*?)"|<td>(–)</td>', row) for row in table.split("<tr>")[2:]] == [
+        [("seven: path", ""), ("seven: teacher", ""), ("seven: student", ""), ("", "–")],
+        [("", "–"), ("row 2: teacher", ""), ("row 2: student", ""), ("row 2: step 400", "")],
+    ]
+    sizes = [(int(image["width"]), int(image["height"])) for image in page.all("img")]
+    assert sizes == [(742, 112), (112, 112), (112, 112), (112, 224), (128, 128), (112, 112)]  # whole multiples
+    assert len(page.all("div", **{"class": "scroll", "aria-label": "Pictures"})) == 1
+
+
+def test_large_pictures_are_shrunk_and_strips_keep_their_height(tmp_path, predictions):
+    row = picture_row("x", single=grey(512, 512), strip=grey(512, 3 * 512))
+    predictions.predict = lambda config, artefacts, count: [row]
+    page = Page(write_report([make_run(tmp_path / "run")]))
+    headers = [base64.b64decode(image["src"].split(",")[1])[16:24] for image in page.all("img")]
+    assert [struct.unpack(">II", header) for header in headers] == [(128, 128), (384, 128)]
+
+
+@pytest.mark.parametrize(
+    ("items", "reason"),
+    [
+        ([picture_row("a", student=grey(2, 2)), {"images": {"x": grey(2, 2)}}], "row 2: caption: expected a string"),
+        ([{"caption": "a", "images": {}}], "row 1: images: expected pictures by column, got {}"),
+        ([{"caption": "a", "images": [grey(2, 2)]}], "row 1: images: expected pictures by column"),
+        ([picture_row("a", student=np.zeros((2, 2)))], "row 1, column 'student': image: expected uint8"),
+        (
+            [picture_row("a", student=np.zeros((1, 2, 2, 3), np.uint8))],
+            "row 1, column 'student': image: expected uint8",
+        ),
+        ([picture_row("a", student=np.zeros((0, 4), np.uint8))], "row 1, column 'student': image: expected uint8"),
+        ([picture_row("a", student=np.uint8(3))], "row 1, column 'student': image: expected uint8"),
+        ([picture_row("a", student=grey(2, 2)), sample("a", "a", "a")], "1 of 2 items are rows of 'images'"),
+    ],
+)
+def test_rows_of_another_form_are_refused_with_a_sentence(tmp_path, predictions, items, reason):
+    predictions.predict = lambda config, artefacts, count: items
+    page = Page(write_report([make_run(tmp_path / "run")]))
+    assert len(page.all("p", class_="notice")) == 1
+    assert "No pictures: " in page.text
+    assert reason in page.text
+    assert not page.all("img")
+
+
+def test_captions_and_columns_are_escaped(tmp_path, predictions):
+    evil = '"><script>alert(1)</script>'
+    predictions.predict = lambda config, artefacts, count: [{"caption": evil, "images": {evil: grey(2, 2)}}]
+    page = Page(write_report([make_run(tmp_path / "run")]))
+    assert len(page.all("script")) == 2
+    assert page.all("img")[0]["alt"] == f"{evil}: {evil}"
+
+
+def test_runs_with_pictures_and_with_predictions_side_by_side(tmp_path, predictions):
+    given = iter([[picture_row("a", student=grey(2, 2))], [sample("a", "a", "a")]])
+    predictions.predict = lambda config, artefacts, count: next(given)
+    page = Page(write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b")]))
+    assert "Pictures and predictions" in page.text
+    assert len(page.all("table", class_="pictures")) == len(page.all("li", class_="sample")) == 1
+
+
+# ---------------------------------------------------------------- profiles
+
+
+def profile_line(step: int, values: list, *, name="gradient norm", stage="student", x=("low", "middle", "high")) -> str:
+    return json.dumps(
+        {"time": 1.7e9, "kind": "profile", "name": name, "stage": stage, "step": step, "x": x, "values": values}
+    )
+
+
+def chart_data(page: Page) -> list[dict]:
+    (data,) = [json.loads(text) for text in scripts(page.source) if text.startswith("[")]
+    return data
+
+
+def test_profiles_are_a_chart_per_name_and_stage(tmp_path):
+    lines = [train_line(1, 1.0)] + [profile_line(step, [1.0 * step, None, 0.5]) for step in range(100, 1300, 100)]
+    lines += [profile_line(50, [1, 2, 3], stage="warm-up"), profile_line(50, [1, 2], name="other", x=("a", "b"))]
+    run = make_run(tmp_path / "run", lines=lines)
+    assert [(p.stage, p.name, len(p.curves)) for p in read_run(run).profiles] == [
+        ("student", "gradient norm", 12),
+        ("warm-up", "gradient norm", 1),
+        ("student", "other", 1),
+    ]
+    page = Page(write_report([run]))
+    first, second, third = chart_data(page)[-3:]
+    assert [line["run"] for line in first["lines"]] == [f"step {s}" for s in (100, 400, 700, 900, 1200)]
+    assert first["lines"][1]["any"] == [[0, 1, 2], [400.0, None, 0.5]]
+    assert [line["colour"] for line in first["lines"]] == [0, 1, 2, 3, 4]
+    assert (first["labels"], third["labels"]) == (["low", "middle", "high"], ["a", "b"])
+    assert len(second["lines"]) == len(third["lines"]) == 1
+    charts = page.all("figure", class_="chart")
+    assert len(charts) == 7  # ce, kd, total, learning rate and three profiles
+    assert "gradient norm stage student step 100 step 400" in page.text
+    assert "step 1,200" in page.text
+    drawn = page.source.split('data-chart="4"')[1].split("</figure>")[0]
+    assert re.findall(r'text-anchor="(?:middle|end)">(low|middle|high)<', drawn) == 2 * ["low", "middle", "high"]
+    assert all(d.count("h0") == 2 for d in re.findall(r'<path class="line c\d" d="(M46[^"]*)"', drawn))  # a gap between
+    spoken = [svg["aria-label"] for svg in page.all("svg", role="img")][4]
+    assert spoken.startswith(
+        "Line chart of gradient norm over low to high, stage student. Step 100: between 0.5 and 100."
+    )
+
+
+def test_profiles_of_several_runs_are_charts_side_by_side(tmp_path):
+    for name in ("a", "b"):
+        lines = [profile_line(10, [1, 2, 3]), profile_line(10, [3, 2, 1], name="other")]
+        make_run(tmp_path / name, lines=lines, metrics=False)
+    page = Page(write_report([tmp_path / "a", tmp_path / "b"]))
+    titles = re.findall(r"<strong>(gradient norm|other)</strong> <span class=\"note\">(.*?)</span>", page.source)
+    assert titles == [(name, f"{run}, stage student") for name in ("gradient norm", "other") for run in ("a", "b")]
+
+
+def test_profile_logged_again_replaces_the_earlier_one(tmp_path):
+    lines = [profile_line(10, [1, 2, 3]), profile_line(20, [1, 1, 1]), profile_line(10, [7, None, math.nan])]
+    (profile,) = read_run(make_run(tmp_path / "run", lines=lines)).profiles
+    assert list(profile.curves) == [10, 20]
+    np.testing.assert_array_equal(profile.curves[10], [7, np.nan, np.nan])
+
+
+def test_profiles_that_do_not_fit_are_counted(tmp_path):
+    lines = [profile_line(1, [1, 2]), profile_line(2, [], x=()), profile_line(3, None), profile_line(4, [1, 2, "x"])]
+    read = read_run(make_run(tmp_path / "run", lines=lines))
+    assert list(read.profiles[0].curves) == [4]
+    assert np.isnan(read.profiles[0].curves[4][2])
+    assert read.notes == ["metrics.jsonl: 3 profiles were skipped whose 'x' and 'values' are not lists of one length."]
+
+
+def test_a_profile_with_nothing_and_one_with_one_label(tmp_path):
+    lines = [profile_line(1, [None, None, None]), profile_line(1, [2.0], name="one", x=("all",))]
+    page = Page(write_report([make_run(tmp_path / "run", lines=lines)]))
+    assert "no value above 0: the axis stays linear" in page.text
+    assert "nan" not in "".join(path["d"] for path in page.all("path"))
+
+
+def test_terms_of_every_player_are_charts_of_their_own(tmp_path):
+    def line(player: str, **terms: float) -> str:
+        record = json.loads(train_line(10, 1.0))
+        record |= {"player": player, "terms": {name: {"raw": v, "weighted": v} for name, v in terms.items()}}
+        return json.dumps(record)
+
+    lines = [line("generator", matching=1.0, adversarial=2.0), line("fake", denoising=3.0, discriminator=4.0)]
+    lines.append(line("discriminator", discriminator=5.0))
+    page = Page(write_report([make_run(tmp_path / "run", lines=lines)]))
+    headings = re.findall(r"<h3>(.*?)</h3>", page.source)
+    assert headings == [f"stage student, player {player}" for player in ("generator", "fake", "discriminator")]
+    groups = [re.findall(r"<strong>(.*?)</strong>", part) for part in page.source.split("<h3>")[1:]]
+    both = ["total (weighted sum)", "learning rate"]
+    assert groups == [
+        ["matching", "adversarial", *both],
+        ["denoising", "discriminator", *both],
+        ["discriminator", *both],
+    ]
+    values = [entry["lines"][0].get("any") for entry in chart_data(page)]
+    assert [v[1][0] for v in (values[0], values[1], values[4], values[5], values[8])] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 # ---------------------------------------------------------------- several runs

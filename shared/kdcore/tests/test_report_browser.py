@@ -307,3 +307,99 @@ def test_page_fits_phone_and_desktop_in_both_schemes(browser, page, width, schem
     assert (red + green + blue > 600) == (scheme == "light")
     narrowest = browser.js("return Math.min(...[...document.querySelectorAll('.chart')].map(c => c.clientWidth))")
     assert narrowest > 300
+
+
+# ---------------------------------------------------------------- generators: rows of pictures, profiles
+
+
+def rows_of_pictures(config, artefacts, count):
+    generator = np.random.default_rng(0)
+
+    def noise(width):
+        return generator.integers(0, 256, (8, width), dtype=np.uint8)
+
+    columns = {"teacher, its path": 53, "teacher, 50 steps": 8, "step 100": 8, "step 200": 8, "student": 8}
+    return [{"caption": f"digit {i}", "images": {name: noise(w) for name, w in columns.items()}} for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def generator_page(tmp_path_factory):
+    """The page of a run with three players, whose method generates and logs a profile."""
+    run = make_run(tmp_path_factory.mktemp("generators") / "run", 1)
+    lines = []
+    for step in range(1, 101):
+        for player, terms in (("generator", ("matching",)), ("fake", ("denoising",)), ("judge", ("real", "made"))):
+            values = {name: {"raw": len(name) / step, "weighted": len(name) / step} for name in terms}
+            lines.append({"kind": "train", "stage": "student", "player": player, "step": step, "terms": values})
+        if step % 20 == 0:
+            x, values = [f"{10 * k}-{10 * k + 10} %" for k in range(10)], [None, *(step / k for k in range(1, 10))]
+            shared = {"name": "gradient by level", "stage": "student", "step": step}
+            lines.append({"kind": "profile", **shared, "x": x, "values": values})
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    module = types.ModuleType("kdcore.run")
+    module.load_run = lambda run: (types.SimpleNamespace(key="blend", predict=rows_of_pictures), None, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "kdcore.run", module)
+        return write_report([run])
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_rows_of_pictures_scroll_inside_the_page(browser, generator_page, width, scripts):
+    browser.screen(width)
+    browser.console()
+    browser.devtools("Emulation.setScriptExecutionDisabled", value=not scripts)
+    browser.open(generator_page)
+    browser.devtools("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    shown = browser.js(
+        "return [...document.querySelectorAll('.pictures img')].map(image => [image.complete, image.naturalWidth,"
+        "image.clientWidth, image.clientHeight, getComputedStyle(image).imageRendering, image.alt])"
+    )
+    assert len(shown) == 15
+    assert all(complete and rendering == "pixelated" for complete, *_, rendering, _ in shown)
+    assert {(natural, w, h) for _, natural, w, h, _, _ in shown} == {(53, 742, 112), (8, 112, 112)}
+    assert shown[4][-1] == "digit 0: student"
+    lefts = browser.js(
+        "return [...document.querySelectorAll('.pictures tr')].map(row =>"
+        "[...row.cells].map(cell => cell.getBoundingClientRect().left))"
+    )
+    assert len(lefts) == 4
+    assert all(row == lefts[0] for row in lefts)
+    moved = browser.js(
+        "const box = document.querySelector('.scroll:has(.pictures)'), label = box.querySelector('tbody th');"
+        "box.scrollLeft = 1e4; const edge = box.getBoundingClientRect();"
+        "return [box.scrollLeft, label.getBoundingClientRect().left - edge.left,"
+        "edge.right - box.querySelector('tbody td:last-child').getBoundingClientRect().right]"
+    )
+    assert moved[0] > 0  # wider than the page
+    assert abs(moved[1]) <= 2  # the caption stays in view
+    assert abs(moved[2]) <= 2  # the last column can be reached
+    assert browser.console() == []
+
+
+def test_profile_shows_its_labels_and_steps_under_the_pointer(browser, generator_page):
+    browser.screen(1280)
+    browser.open(generator_page)
+    charts = browser.js("return [...document.querySelectorAll('.chart strong')].map(title => title.textContent)")
+    assert charts == ["matching", "denoising", "real", "made", "gradient by level"]
+    labels = browser.js("return [...document.querySelectorAll('#profiles .last li')].map(item => item.textContent)")
+    assert labels == [f"step {step}" for step in range(20, 101, 20)]
+    overlaps = browser.js(
+        "const ticks = [...document.querySelectorAll('#profiles .plot[data-scale=linear] text')].filter(text =>"
+        "text.textContent.includes('%')).map(text => text.getBoundingClientRect());"
+        "return [ticks.length, ticks.slice(1).filter((box, i) => box.left < ticks[i].right).length]"
+    )
+    assert overlaps == [5, 0]
+    browser.hover("#profiles .chart > svg")
+    browser.js("document.querySelector('#profiles .chart > svg').focus()")
+    browser.press("\ue00c")  # escape
+    tip = "return document.querySelector('#profiles .tip').innerText"
+    browser.press("\ue014")  # right arrow: the first label, where every step has a gap
+    assert browser.js(tip).split("\n") == ["0-10 %", *(f"step {step}: no value" for step in range(20, 101, 20))]
+    browser.press("\ue014")
+    assert browser.js(tip).split("\n") == ["10-20 %", *(f"step {step}: {step}" for step in range(20, 101, 20))]
+    browser.click("label[for=scale-log]")
+    visible = browser.js(VISIBLE)[4]
+    assert [(plot["scale"], len(plot["lines"])) for plot in visible] == [("log", 5)]
+    assert browser.console() == []

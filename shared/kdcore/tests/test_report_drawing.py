@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from importlib.resources import files
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from kdcore.report.curves import thin
 from kdcore.report.images import png, shrink
 from kdcore.report.read import Curve
-from kdcore.report.svg import Scale, linear_scale, linear_ticks, log_scale, log_ticks, path, tick_label
+from kdcore.report.svg import Scale, label_ticks, linear_scale, linear_ticks, log_scale, log_ticks, path, tick_label
 from kdcore.report.tables import best_of
 from kdcore.report.text import direction, metric, number, script_json
 
@@ -116,6 +117,22 @@ def test_scales_without_values():
 )
 def test_tick_labels(value, text):
     assert tick_label(value) == text
+
+
+@given(st.lists(st.text("ab- %", min_size=1, max_size=30), min_size=1, max_size=40))
+def test_labels_that_are_drawn_do_not_overlap(labels):
+    ticks = label_ticks(labels)
+    assert ticks[0] == 0
+    assert ticks == sorted(ticks)
+    assert ticks[-1] < len(labels)
+    room = 284 / max(1, len(labels) - 1)
+    widest = 5.6 * max(map(len, labels))
+    assert all((b - a) * room >= widest for a, b in pairwise(ticks))
+
+
+def test_short_labels_are_all_drawn():
+    assert label_ticks(["low", "middle", "high"]) == [0, 1, 2]
+    assert label_ticks([f"{10 * k}-{10 * k + 10} %" for k in range(10)]) == [0, 2, 4, 6, 8]
 
 
 def test_path_is_interrupted_at_gaps_and_dots_lone_points():
