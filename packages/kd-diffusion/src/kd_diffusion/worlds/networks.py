@@ -47,13 +47,13 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         # The numbers are the config's; the parameter gives the module a device, a dtype and a file.
-        self.means = nn.Parameter(torch.tensor(means, dtype=torch.float32), requires_grad=False)
+        self.centres = nn.Parameter(torch.tensor(means, dtype=torch.float32), requires_grad=False)
         self._mixture: GaussianMixture | None = None
 
     @property
     def mixture(self) -> GaussianMixture:
         """The mixture, on the module's device."""
-        device = self.means.device
+        device = self.centres.device
         if self._mixture is None or self._mixture.means.device != device:
             means = torch.tensor(self.config.means, dtype=torch.float64, device=device)
             weights = torch.tensor(self.config.weights, dtype=torch.float64, device=device)
