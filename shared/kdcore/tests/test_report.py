@@ -131,6 +131,42 @@ def test_page_of_one_run_holds_every_part(tmp_path, predictions):
     assert not page.all("p", class_="notice")
 
 
+def test_several_teachers_have_a_column_each(tmp_path):
+    metrics = {"student/frechet": 3.5, "student/parameters": 10, "share": 0.25}
+    metrics |= {"teacher_1/frechet": 9.0, "teacher_1/recall": 0.125, "teacher_50/frechet": 1.5}
+    page = Page(write_report([make_run(tmp_path / "run", metrics=metrics)]))
+    table = page.source.split('<table class="metrics">')[1].split("</table>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["metric", "teacher_1", "teacher_50", "student"]
+    assert "difference" not in table
+    cells = [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<td.*?</td>", row)] for row in table.split("<tr>")[2:]]
+    assert cells == [["9", "1.5", "3.5"], ["–", "–", "10"], ["12.50 %", "–", "–"], ["0.25"]]
+    assert 'colspan="3"' in table
+    assert "student frechet 3.5 teacher_1 9 · teacher_50 1.5" in page.text
+
+
+def test_the_difference_is_to_the_teacher_alone(tmp_path):
+    metrics = {"student/accuracy": 0.9, "teacher/accuracy": 0.95, "teacher_averaged/accuracy": 0.97}
+    page = Page(write_report([make_run(tmp_path / "run", metrics=metrics)]))
+    assert "metric teacher teacher_averaged student difference" in page.text
+    assert "95.00 % 97.00 % 90.00 % −5.00 points" in page.text
+    assert "teacher 95.00 % (−5.00 points) · teacher_averaged 97.00 %" in page.text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "shown"),
+    [
+        ({"name": "wide", "path": "/x"}, "teacher wide"),
+        ({"pretrained": None, "dtype": "fp32", "world": {"name": "rings", "size": 3}}, "teacher rings"),
+        ({"pretrained": "some/model", "world": None}, "teacher some/model"),
+        ({"pretrained": None, "depth": 3}, 'teacher {"depth": 3}'),
+        ({"pretrained": None, "lora": None}, "method blend student narrow"),
+    ],
+)
+def test_header_names_a_section_of_the_config(tmp_path, teacher, shown):
+    page = Page(write_report([make_run(tmp_path / "run", config={**CONFIG, "teacher": teacher})]))
+    assert shown in page.text.split("Config and environment")[0]
+
+
 def test_weighted_drawings_exist_where_the_weight_is_not_one(tmp_path):
     page = Page(write_report([make_run(tmp_path / "a", lines=[train_line(s, 1.0 / s, weight=0.25) for s in (1, 2)])]))
     modes = [plot["data-term"] for plot in page.all("g", class_="plot")]

@@ -138,7 +138,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("took", duration(run.ended - run.started)))
     if run.method:
         facts.append(("method", run.method))
-    facts += [(name, _named(run.config[name])) for name in _MAIN_SETTINGS if name in run.config]
+    settings = [(name, _named(run.config[name])) for name in _MAIN_SETTINGS if name in run.config]
+    facts += [(name, text) for name, text in settings if text]
     environment = flatten(run.environment)
     for wanted in _MAIN_ENVIRONMENT:
         values = [value for name, value in environment.items() if name.lower().split(".")[-1] == wanted]
@@ -148,11 +149,15 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _named(value: Any) -> str:
-    """A section of the config in a few words: its name where it has one."""
-    if isinstance(value, dict):
-        name = value.get("name") or value.get("model") or value.get("path")
-        return short(name if isinstance(name, str) else value, 60)
-    return short(value, 60)
+    """A section of the config in a few words: a name in it, or in a section of it; empty where nothing is set."""
+    if not isinstance(value, dict):
+        return short(value, 60)
+    for section in (value, *(inner for inner in value.values() if isinstance(inner, dict))):
+        name = next((section[key] for key in ("name", "model", "path", "pretrained") if section.get(key)), None)
+        if isinstance(name, str):
+            return short(name, 60)
+    known = {key: inner for key, inner in value.items() if inner is not None}
+    return short(known, 60) if known else ""
 
 
 # ---------------------------------------------------------------- sections

@@ -30,12 +30,12 @@ def scroll(table: str, label: str) -> str:
 
 
 def by_role(results: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """`student/x` and `teacher/x` as x -> {role: value}, and every other metric as it is."""
+    """`student/x`, `teacher/x` and `teacher_4/x` as x -> {role: value}, and every other metric as it is."""
     paired: dict[str, dict[str, Any]] = {}
     other: dict[str, Any] = {}
     for name, value in results.items():
         role, slash, rest = name.partition("/")
-        if slash and role in ("teacher", "student"):
+        if slash and (role in ("teacher", "student") or role.startswith("teacher_")):
             paired.setdefault(rest, {})[role] = value
         else:
             other[name] = value
@@ -51,10 +51,14 @@ def cards(results: dict[str, Any], limit: int = 6) -> str:
 
 
 def _card(name: str, roles: dict[str, Any]) -> str:
-    role = "student" if "student" in roles else "teacher"
+    role = "student" if "student" in roles else next(iter(roles))
     below = ""
-    if _is_number(roles.get("student")) and _is_number(roles.get("teacher")):
-        below = f"teacher {metric(name, roles['teacher'])} ({_verdict(name, roles)})"
+    if _is_number(roles.get("student")):
+        teachers = [other for other, value in roles.items() if other != "student" and _is_number(value)]
+        below = " · ".join(
+            f"{other} {metric(name, roles[other])}" + (f" ({_verdict(name, roles)})" if other == "teacher" else "")
+            for other in teachers
+        )
     return _card_html(f"{role} {name}", metric(name, roles[role]), below)
 
 
@@ -70,21 +74,29 @@ def _verdict(name: str, roles: dict[str, Any]) -> str:
 
 
 def metrics_table(results: dict[str, Any]) -> str:
-    """Teacher, student and difference for the metrics that both have; every other metric below."""
+    """Teacher, student and difference for the metrics that both have; every other metric below.
+
+    Several teachers, such as one at several numbers of steps, have a column each; the difference is to `teacher`.
+    """
     paired, other = by_role(results)
+    teachers = list(dict.fromkeys(role for roles in paired.values() for role in roles if role != "student"))
+    columns = [*(teachers or ["teacher"]), "student"]
+    compared = "teacher" in columns
     rows = []
     for name, roles in paired.items():
-        both = all(_is_number(roles.get(role)) for role in ("teacher", "student"))
-        cells = "".join(f"<td>{_value(name, roles.get(role))}</td>" for role in ("teacher", "student"))
-        rows.append(f"<tr>{_name_cell(name)}{cells}<td>{esc(_verdict(name, roles)) if both else '–'}</td></tr>")
+        cells = "".join(f"<td>{_value(name, roles.get(role))}</td>" for role in columns)
+        if compared:
+            both = all(_is_number(roles.get(role)) for role in ("teacher", "student"))
+            cells += f"<td>{esc(_verdict(name, roles)) if both else '–'}</td>"
+        rows.append(f"<tr>{_name_cell(name)}{cells}</tr>")
     rows += [
-        f'<tr>{_name_cell(name)}<td colspan="3" class="single">{_value(name, value)}</td></tr>'
+        f'<tr>{_name_cell(name)}<td colspan="{len(columns) + compared}" class="single">{_value(name, value)}</td></tr>'
         for name, value in other.items()
     ]
     if not rows:
         return "<p>metrics.json holds no metric.</p>"
-    head = '<th scope="col">metric</th><th scope="col">teacher</th><th scope="col">student</th>'
-    head += '<th scope="col" title="student minus teacher">difference</th>'
+    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in ("metric", *columns))
+    head += '<th scope="col" title="student minus teacher">difference</th>' if compared else ""
     table = f'<table class="metrics"><thead><tr>{head}</tr></thead>'
     return scroll(f"{table}<tbody>{''.join(rows)}</tbody></table>", "Metrics")
 
