@@ -70,7 +70,9 @@ class HeadlineFile(Config):
     headlines: list[Headline] = Field(min_length=1)
 
 
-ACCURACY = Headline(metric="accuracy", teachers={"teacher": "teacher"}, teacher_rows=False, against=BASELINES)
+ACCURACY = Headline(
+    metric="accuracy", title="", better="higher", teachers={"teacher": "teacher"}, teacher_rows=False, against=BASELINES
+)
 
 
 @dataclass(frozen=True)
