@@ -86,7 +86,7 @@ class Router:
 
 
 def pooled(condition: Condition) -> Tensor:
-    """(B, D): the pooled embedding of a prompt where there is one, else the mean over its tokens that are not padding."""
+    """(B, D): a prompt's pooled embedding where there is one, else the mean over its tokens without padding."""
     if "pooled_embeds" in condition:
         return condition["pooled_embeds"]
     embeds = condition["prompt_embeds"]

@@ -26,23 +26,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion import runs
 from kd_diffusion.data import Data, Part, load_data
-from kd_diffusion.engine import timesteps
 from kd_diffusion.engine.adversarial import GANConfig
 from kd_diffusion.engine.conditions import Condition, take
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.distillation import Networks, Sample, ScoreArgs, ScoreDistiller
-from kd_diffusion.engine.draws import Draws, Turn
+from kd_diffusion.engine.draws import Turn
 from kd_diffusion.engine.rollout import start_noise
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline
 from kd_diffusion.integrations.routed import Router, pooled, split_classes, split_embeddings
+from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, read_pairs, write_pairs
 from kd_diffusion.runs import DiffusionRun
-from kdcore.config import Config, OptimizerConfig, TrainConfig
+from kdcore.config import OptimizerConfig, TrainConfig
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError
 from kdcore.method import Method
@@ -50,16 +49,6 @@ from kdcore.stages import Artefacts, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
 Run = DiffusionRun[Any]
-
-
-class RegressionConfig(Config):
-    weight: float = Field(0.25, gt=0, description="lambda_reg")
-    pairs: int = Field(1000, ge=1, description="noise-sample pairs of the teacher, over all conditions")
-    teacher_steps: int = Field(18, ge=1, description="steps of the teacher's deterministic sampler for a pair")
-    distance: Literal["l2", "features", "lpips"] = Field(
-        "lpips", description="on pixels; features: of the classifier that the metrics use"
-    )
-    filtered: bool = Field(False, description="ablation: only the pairs whose condition is the student's own")
 
 
 class MSDConfig(ScoreArgs):
@@ -93,16 +82,6 @@ class MSDConfig(ScoreArgs):
 
 
 # ---------------------------------------------------------------- one student
-
-
-@dataclasses.dataclass
-class Pairs:
-    """z, y (P, C, H, W), the condition of each pair, and the places of those that may be drawn."""
-
-    z: Tensor
-    y: Tensor
-    condition: Condition
-    places: Tensor
 
 
 class MSD(ScoreDistiller):
@@ -217,31 +196,11 @@ def _pairing(config: Run, data: Data) -> Callable[[RunContext], Artefacts]:
         folder = context.folder / "pairs"
         if context.is_main:
             opened = runs.open_teacher(config, context.artefacts, data)
-            wanted = ev.requests(opened, data.train, args.regression.pairs)
-            condition = opened.conditioner.embed(wanted.batch)
-            levels = timesteps.levels(opened.process, args.regression.teacher_steps)
-            zs, ys = [], []
-            for step, first in enumerate(range(0, wanted.count, config.evaluation.batch_size)):
-                part = slice(first, min(first + config.evaluation.batch_size, wanted.count))
-                z = Draws(config.seed).at("pairs", step).normal((part.stop - part.start, *opened.space.shape))
-                zs.append(z)
-                ys.append(ev.trajectory(opened, take(condition, part), z, levels, args.guidance_scale)[-1])
-            folder.mkdir(exist_ok=True)
-            held = {f"condition.{name}": value.contiguous() for name, value in condition.items()}
-            save_file({"z": torch.cat(zs), "y": torch.cat(ys), **held}, folder / "pairs.safetensors")
+            write_pairs(folder, opened, data.train, args.regression, kappa=args.guidance_scale, seed=config.seed)
         context.accelerator.wait_for_everyone()
         return {"pairs": folder}
 
     return run
-
-
-def read_pairs(folder: Path, router: Router, k: int, *, filtered: bool) -> Pairs:
-    tensors = load_file(folder / "pairs.safetensors")
-    condition = {name.removeprefix("condition."): v for name, v in tensors.items() if name.startswith("condition.")}
-    places = torch.arange(len(tensors["z"]))
-    if filtered:
-        places = places[router.route(condition) == k]
-    return Pairs(tensors["z"], tensors["y"], condition, places)
 
 
 def _tsm_stage(config: Run, data: Data) -> TrainStage:
@@ -307,13 +266,14 @@ def _student_stage(
             networks.fake = opened.denoiser_for(fake)
         pairs = None
         if args.regression is not None:
-            filtered = args.regression.filtered
-            pairs = read_pairs(context.artefacts["pairs"], router, k, filtered=filtered)
+            pairs = read_pairs(context.artefacts["pairs"])
+            if args.regression.filtered:
+                pairs.places = torch.nonzero(router.route(pairs.condition) == k).flatten()
         distiller = MSD(
             networks,
             args,
             pairs=pairs,
-            distance=_distance(args.regression, context.artefacts),
+            distance=distance_of(args.regression, context.artefacts.get("features")),
             seed=config.seed,
             ema=budget.ema,
         )
@@ -354,36 +314,6 @@ def _start_network(opened: Opened, args: MSDConfig, artefacts: Artefacts) -> nn.
 def _loaded(folder: Path, opened: Opened, *, whole: bool = True) -> nn.Module:
     network = open_pipeline(folder).network if whole else type(opened.network).from_pretrained(folder)
     return runs.trainable(network)
-
-
-def _distance(regression: RegressionConfig | None, artefacts: Artefacts) -> Callable[[Tensor, Tensor], Tensor]:
-    """l(x, y) on pixels -> scalar."""
-    if regression is None or regression.distance == "l2":
-        return F.mse_loss
-    if regression.distance == "features":
-        from kd_diffusion.metrics import load_features
-
-        net = load_features(artefacts["features"]).requires_grad_(False)
-        return lambda x, y: F.mse_loss(net.features(x), net.features(y))
-    return lpips()
-
-
-def lpips() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (arXiv 1801.03924) of torchmetrics; InputError where its weights cannot be had."""
-    try:
-        from torchmetrics.functional.image.lpips import _LPIPS
-
-        net = _LPIPS(pretrained=True, net="vgg").eval().requires_grad_(False)
-    except (OSError, ImportError, RuntimeError) as error:
-        raise InputError(
-            f"method_args.regression.distance = 'lpips': its weights cannot be had ({error}); give l2 or features"
-        ) from None
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        x, y = (v.expand(-1, 3, -1, -1) if v.shape[1] == 1 else v for v in (x, y))
-        return net.to(x.device)(x, y).mean()
-
-    return distance
 
 
 def _bundling(config: Run) -> Callable[[RunContext], Artefacts]:
