@@ -88,11 +88,12 @@ class SwiftBrush(ScoreDistiller):
         if self.args.fake == "noise":
             mu_fake = x  # where e_L is the noise itself
         else:
-            mu_fake = self.fake.guided(x_t, t, condition, self.null(len(x), kappa_fake), kappa_fake)
+            null = self.turned_from(len(x), kappa_fake, fake=True)
+            mu_fake = self.fake.guided(x_t, t, condition, null, kappa_fake)
         return self.weight(x, mu_real, t) * (mu_fake - mu_real)
 
-    def turned_from(self, count: int, kappa: float | Tensor) -> Condition:
-        """What the teacher's guidance leads away from: the empty prompt."""
+    def turned_from(self, count: int, kappa: float | Tensor, *, fake: bool = False) -> Condition:
+        """What the guidance of the teacher, or of the fake score, leads away from: the empty prompt."""
         return self.null(count, kappa)
 
     # ------------------------------------------------------------ the fake score
