@@ -7,16 +7,18 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from kd_diffusion.engine.timesteps import levels
 from kd_diffusion.evaluation import student_function
 from kd_diffusion.integrations.pipelines import open_pipeline
-from kd_diffusion.methods.sid import METHOD, SAMPLING, SiDConfig, build
+from kd_diffusion.methods.sid import METHOD, SAMPLING, build
 from kd_diffusion.runs import Networks, save_pipeline
 from kdcore import run
+from kdcore.compare import load_arms
 from kdcore.config import override, read_yaml
 from kdcore.errors import InputError
-from kdcore.method import config_folder, config_of, load_config
+from kdcore.method import config_folder, config_of
 
 CONFIGS = sorted(path.stem for path in config_folder("sid").glob("*.yaml"))
 FAST = {
@@ -168,12 +170,37 @@ def test_arguments_out_of_range_are_named():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shipped_configs_are_valid(name, monkeypatch):
-    method, settings = load_config(f"sid/{name}")
-    assert method.key == "sid"
-    assert isinstance(settings.method_args, SiDConfig)
-    for arm, changes in settings.compare.items():
-        from kdcore.method import arm_config
+def test_shipped_configs_and_their_arms_are_valid(name):
+    assert {"small", "paper", "paper-sdxl"} <= set(CONFIGS)
+    arms = load_arms(f"sid/{name}")
+    assert arms[0].name == "sid"
+    assert len(arms) > 1
 
-        values = read_yaml(config_folder("sid") / f"{name}.yaml")
-        arm_config(values, changes, source=arm)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper", "paper-sdxl"])
+def test_the_papers_settings_train_on_another_pipeline(tmp_path, tiny_text_folder, name):
+    changes = {
+        **FAST,
+        "teacher.pretrained": str(tiny_text_folder),
+        "teacher.dtype": "fp32",
+        "train.steps": 1,
+        "train.precision": "fp32",
+        "train.num_workers": 0,
+        "method_args.gradient_checkpointing": True,
+    }
+    if name == "paper":
+        (tmp_path / "prompts.txt").write_text("\n".join(f"a {word}" for word in ("one", "two", "three", "four") * 8))
+        changes["data.root"] = str(tmp_path / "prompts.txt")
+    else:
+        for subject in ("cat", "dog"):
+            (tmp_path / "images" / subject).mkdir(parents=True)
+            for index in range(12):
+                picture = Image.new("L", (16, 16), 20 * index)
+                picture.save(tmp_path / "images" / subject / f"{index}.png")
+        changes |= {"data.root": str(tmp_path / "images"), "data.image_size": 16, "data.channels": 1}
+        changes["data.held_out"] = 0.0
+    values = override(read_yaml(config_folder("sid") / f"{name}.yaml"), changes)
+    run.train(METHOD, config_of(METHOD, values), tmp_path / "run", quiet=True, cpu=True)
+    scheduler = open_pipeline(tmp_path / "run" / "student").pipe.scheduler
+    assert (type(scheduler).__name__, scheduler.config.num_train_timesteps) == ("LCMScheduler", 626)
