@@ -25,9 +25,9 @@ from kd_diffusion.methods.f_distill import (
     time_bins,
 )
 from kd_diffusion.testing import tiny_unet, unet_pipeline
-from kdcore.config import parse
+from kdcore.config import override, parse, read_yaml
 from kdcore.errors import InputError
-from kdcore.method import load_config
+from kdcore.method import arm_config, find_config, load_config
 from kdcore.run import train
 
 F64 = torch.float64
@@ -123,7 +123,6 @@ def test_weights_are_monotone(ratio, factor):
 
 
 def test_weights_of_four_logits():
-    r = density_ratio(double(0.0, 3.0, 1 / 3, 0.0).log().nan_to_num(neginf=0.0)[:, None], CLIP)
     logits = torch.cat((double(0.0), double(3.0).log(), -double(3.0).log(), double(5.0)))[:, None]
     r = density_ratio(logits, CLIP)
     close(r, [1, 3, 1 / 3, 20], 1e-12)
@@ -361,7 +360,6 @@ def test_small_batches_are_refused_except_for_reverse_kl():
 
 
 def config(folder, **overrides):
-    from kdcore.config import override
 
     values = {
         "method": "f_distill",
@@ -410,11 +408,39 @@ def test_trains_to_a_stock_pipeline_and_resumes_with_its_bins(tiny_unet_folder, 
 
 
 @pytest.mark.parametrize("name", ["small", "mixture", "paper", "paper-sd15", "paper-sdxl"])
-def test_configs_are_valid(name):
-    from kdcore.config import read_yaml
-    from kdcore.method import arm_config, find_config
-
+def test_configs_and_their_arms_are_valid(name):
     values = read_yaml(find_config(f"f_distill/{name}"))
-    assert load_config(f"f_distill/{name}")[0].key == "f_distill"
-    for arm, overrides in values.get("compare", {}).items():
+    method, config = load_config(f"f_distill/{name}")
+    assert method.key == "f_distill"
+    for arm, overrides in config.compare.items():
         arm_config(values, overrides, source=arm)
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-sd15"])
+def test_paper_configs_build_on_another_teacher(name, tiny_unet_folder, tiny_text_folder, tmp_path):
+    from PIL import Image
+
+    folder, size = {"paper": (tiny_unet_folder, 8), "paper-sd15": (tiny_text_folder, 16)}[name]
+    for label in range(2):
+        (tmp_path / "images" / f"class_{label}").mkdir(parents=True)
+        for index in range(8):
+            picture = Image.new("L", (size, size), 100 * label + 10 * index)
+            picture.save(tmp_path / "images" / f"class_{label}" / f"{index}.png")
+    method, config = load_config(
+        f"f_distill/{name}",
+        [
+            f"teacher.pretrained={folder}",
+            f"teacher.null_class={10 if name == 'paper' else 'null'}",
+            f"data.root={tmp_path / 'images'}",
+            f"data.image_size={size}",
+            "data.channels=1",
+            "train.steps=1",
+            "train.batch_size=16",
+            "train.precision=fp32",
+            "train.num_workers=0",
+            "evaluation.samples=2",
+            "evaluation.teacher_steps=[1]",
+        ],
+    )
+    train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    assert (tmp_path / "run" / "student" / "model_index.json").is_file()
