@@ -155,7 +155,7 @@ def measure(data: Data, features: Path | None, pixels: Tensor, wanted: Requests,
     reference = data.held_out.pixels
     net = load_features(features)
     if not wanted.by_text:
-        return generation_metrics(net, pixels, wanted.labels, reference)
+        return generation_metrics(net, pixels, wanted.labels, reference) | _spread(data, pixels, wanted.labels)
     return generation_metrics(net, pixels, None, reference) | _prompt_metrics(data, net, pixels, wanted)
 
 
@@ -181,7 +181,10 @@ def _prompt_metrics(data: Data, net: Any, pixels: Tensor, wanted: Requests) -> d
     words = [set(prompt.replace(",", "").split()) for prompt in wanted.prompts]
     named = torch.tensor([bool(found & set(NUMBER_WORDS)) for found in words])
     shown = embed(net, pixels).logits.argmax(1).cpu()
-    result = {"accuracy": float((shown == wanted.labels)[named].double().mean())} if bool(named.any()) else {}
+    result = {}
+    if bool(named.any()):
+        result["accuracy"] = float((shown == wanted.labels)[named].double().mean())
+        result |= _spread(data, pixels[named], wanted.labels[named])
     if data.rule is None:
         return result
     seen = attributes(pixels, torch.where(named, wanted.labels, shown), data.rule)
@@ -190,6 +193,20 @@ def _prompt_metrics(data: Data, net: Any, pixels: Tensor, wanted: Requests) -> d
         if bool((asked >= 0).any()):
             result[f"{kind}_accuracy"] = float((values == asked)[asked >= 0].double().mean())
     return result
+
+
+def _spread(data: Data, pixels: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """`variance_ratio`: pixel variance within a class over the real images', mean over classes; 0 is a collapse."""
+    from kd_diffusion.metrics import variance_ratio
+
+    real = data.held_out.labels
+    if labels is None or real is None:
+        return {}
+    repeated = [of.bincount(minlength=data.num_classes) > 1 for of in (labels, real)]
+    if not bool((repeated[0] & repeated[1]).any()):
+        return {}
+    ratios = variance_ratio(pixels, data.held_out.pixels, labels, real)
+    return {"variance_ratio": sum(ratios.values()) / len(ratios)}
 
 
 def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
