@@ -218,6 +218,7 @@ def student_stage(
     sampling: Sampling = Sampling(),
     batch_factor: int = 1,
     networks: MakeNetworks = make_networks,
+    snapshots: type[Snapshots] = Snapshots,
 ) -> TrainStage:
     """Trains the distiller that `build(config, networks)` makes; gives a diffusers pipeline folder."""
     budget = train or config.train
@@ -229,7 +230,7 @@ def student_stage(
         distiller = build(config, networks(config, opened, context.artefacts, data))
         kept["levels"] = distiller.indices  # type: ignore[assignment]
         batches = make_loader(config, opened, data, batch_factor=batch_factor)
-        return TrainSetup(distiller, batches, Snapshots(context, name, opened, data, distiller, sampling.start))
+        return TrainSetup(distiller, batches, snapshots(context, name, opened, data, distiller, sampling.start))
 
     def save(network: nn.Module, folder: Path) -> None:
         opened = kept["teacher"]

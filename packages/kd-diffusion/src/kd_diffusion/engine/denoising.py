@@ -10,7 +10,8 @@ the teacher's prediction of x at the same x_t instead of the x that was noised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class DenoisingDistiller(Distiller):
     data: (batch, draw) -> x, where x is neither in the batch nor encoded from it, such as a generator's samples.
     teacher: its x at x_t, on the same condition, replaces x as the target.
     times: law of the time; None is `usual_times`.
+    carried: frozen modules that `condition`, `encode` and `data` use, so that they go to the network's device.
 
     `deployed()` is the network alone, or `Joint` with a text encoder. Raises InputError for a batch without data.
     """
@@ -73,9 +75,11 @@ class DenoisingDistiller(Distiller):
         text_encoder: nn.Module | None = None,
         teacher: Denoiser | None = None,
         times: TimesConfig | None = None,
+        carried: Iterable[Any] = (),
         seed: int = 0,
     ):
         super().__init__()
+        self.carried = nn.ModuleList(freeze(module) for module in carried if isinstance(module, nn.Module))
         self.denoiser, self.text_encoder = denoiser, text_encoder
         self.teacher = None if teacher is None else freeze(teacher)
         self.condition, self.encode, self.data = condition, encode, data

@@ -32,18 +32,22 @@ def add_lora(network: nn.Module, config: LoRAConfig, *, field: str = "lora") -> 
     if not any(name == end or name.endswith(f".{end}") for name in names for end in config.targets):
         raise InputError(f"{field}.targets = {config.targets}: no layer of {type(network).__name__} ends like this")
     network.requires_grad_(False)
-    if hasattr(network, "add_adapter"):
-        network.add_adapter(_peft_config(config))
-    else:  # some of diffusers' networks do not know adapters (PixArt, DiT, UNet2DModel)
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(_peft_config(config), network, "default")
+    _add_adapter(network, config, "default")
     for name, parameter in network.named_parameters():
         if "lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # small steps on small weights
     for name, module in network.named_modules():
         if not any(True for _ in module.children()) and "lora_" not in name:
             freeze(module)
+
+
+def _add_adapter(network: nn.Module, config: LoRAConfig, name: str) -> None:
+    if hasattr(network, "add_adapter"):
+        network.add_adapter(_peft_config(config), adapter_name=name)
+    else:  # some of diffusers' networks do not know adapters (PixArt, DiT, UNet2DModel)
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(_peft_config(config), network, name)
 
 
 def _peft_config(config: LoRAConfig) -> Any:
@@ -85,7 +89,7 @@ def shared_views(denoiser: Denoiser, config: LoRAConfig, *, field: str = "lora")
 def add_frozen_adapter(network: nn.Module, config: LoRAConfig, name: str) -> None:
     """Another adapter that never trains, for weights that are loaded into it."""
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    network.add_adapter(_peft_config(config), adapter_name=name)
+    _add_adapter(network, config, name)
     for parameter_name, parameter in network.named_parameters():
         parameter.requires_grad_(parameter_name in before)
     for layer_name, module in network.named_modules():
