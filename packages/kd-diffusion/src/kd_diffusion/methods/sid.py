@@ -16,6 +16,10 @@ L_G (kappa_2 = kappa_3) and for the teacher (kappa_4):
     LSG        all equal, 1.5 to 4.5: long and strong guidance, without data            (arXiv 2406.01561)
     Zero-CFG   kappa_4 = 1, the others 0: teacher conditional, fake score unconditional
     Anti-CFG   kappa_4 = 1, kappa_2 below 0
+
+The first input is s_t z, the noised zero image. A saved student of one step, or on EDM of any number, needs nothing
+but `num_inference_steps`; one of several steps on a table needs `timesteps=` the levels of its kd.json and `latents=`
+s_t z, for no stock scheduler that draws new noise in each step scales its first latent.
 """
 
 from __future__ import annotations
