@@ -6,7 +6,8 @@ import copy
 import inspect
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,13 +110,28 @@ def open_pipeline(
 
     local = Path(name).exists()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(name), torch_dtype=DTYPES[dtype], variant=variant, use_safetensors=True, local_files_only=local
-        )
+        with no_progress_bars():
+            pipe = DiffusionPipeline.from_pretrained(
+                str(name), dtype=DTYPES[dtype], variant=variant, use_safetensors=True, local_files_only=local
+            )
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{field} = '{name}': no diffusers pipeline could be loaded ({reason})") from None
     return opened(pipe, field=field, null_class=null_class, size=size)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Switches diffusers' bars off inside the block: loading a folder is no news in the middle of a run."""
+    from diffusers.utils import logging
+
+    active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            logging.enable_progress_bar()
 
 
 def opened(
@@ -184,7 +200,8 @@ def save_student(
             save_lora(opened, expert, folder / "lora" / (f"expert_{number}" if boundaries else ""))
     pipe = place(opened.pipe, opened.slot, joined([merged(n) if has_lora(n) else n for n in networks], boundaries))
     pipe.register_modules(scheduler=scheduler)
-    pipe.save_pretrained(folder, safe_serialization=True)
+    with no_progress_bars():
+        pipe.save_pretrained(folder, safe_serialization=True)
     if extra:
         (folder / "kd.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
 
