@@ -213,10 +213,18 @@ def has_lora(network: nn.Module) -> bool:
 def save_lora(opened: Opened, network: nn.Module, folder: Path) -> None:
     """The adapters as a file that the pipeline's `load_lora_weights(folder)` loads, with rank and alpha.
 
-    A pipeline without LoRA loading of its own gets the file of `network.load_lora_adapter`.
+    A pipeline without LoRA loading of its own gets the file of `network.load_lora_adapter`; a network that does not
+    know adapters (DiT, PixArt, UNet2DModel) peft's own two, adapter_model.safetensors and adapter_config.json.
     """
     from peft.utils import get_peft_model_state_dict
 
+    if not hasattr(network, "save_lora_adapter"):
+        from safetensors.torch import save_file
+
+        network.peft_config["default"].save_pretrained(folder)
+        weights = {name: value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
+        save_file(weights, folder / "adapter_model.safetensors")
+        return
     if not hasattr(opened.pipe, "save_lora_weights"):
         network.save_lora_adapter(folder, adapter_name="default")
         return
@@ -231,9 +239,17 @@ def save_lora(opened: Opened, network: nn.Module, folder: Path) -> None:
 
 def merged(network: nn.Module) -> nn.Module:
     """A copy with the adapters folded into the weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     network = copy.deepcopy(network)
-    network.fuse_lora()
-    network.unload_lora()
+    if hasattr(network, "fuse_lora"):
+        network.fuse_lora()
+        network.unload_lora()
+        return network
+    for name, layer in [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]:
+        layer.merge()
+        network.set_submodule(name, layer.get_base_layer())
+    del network.peft_config
     return network
 
 
