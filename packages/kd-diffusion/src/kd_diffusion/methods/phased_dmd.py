@@ -298,9 +298,10 @@ def phase_stage(config: Run, data: Data, number: int) -> TrainStage:
 
     def save_with_adapters(network: nn.Module, folder: Path) -> None:
         save(network, folder)
-        adapters = folders[previous] / "lora" if number > 1 else None
-        if adapters is not None and adapters.is_dir():
-            shutil.copytree(adapters, folder / "lora", dirs_exist_ok=True)
+        if number > 1 and (folders[previous] / "lora").is_dir():
+            only = number == 2 and args.experts_per_phase == 1  # whose folder has no number yet
+            target = folder / "lora" / ("expert_1" if only else "")
+            shutil.copytree(folders[previous] / "lora", target, dirs_exist_ok=True)
 
     stage.save = save_with_adapters
     return stage
