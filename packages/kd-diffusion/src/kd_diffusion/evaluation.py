@@ -27,7 +27,7 @@ Generate = Callable[[Condition, Turn], Tensor]
 class EvaluationConfig(Config):
     samples: int = Field(1000, ge=1, description="generated samples that the metrics are computed on")
     batch_size: int = Field(250, ge=1, description="samples generated at once")
-    teacher_steps: list[int] = Field(default_factory=lambda: [1, 4, 50], description="steps of the teacher's rows")
+    teacher_steps: list[int] = Field(default_factory=lambda: [1, 2, 4, 50], description="steps of the teacher's rows")
     guidance_scale: float | None = Field(None, description="kappa of the teacher's rows; None: as in the training")
 
 
