@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion.data import Part
 from kd_diffusion.engine import timesteps
-from kd_diffusion.engine.conditions import Condition, take
+from kd_diffusion.engine.conditions import Condition
 from kd_diffusion.engine.draws import Draws
 from kd_diffusion.integrations.pipelines import Opened
 from kdcore.config import Config
@@ -24,7 +25,7 @@ from kdcore.errors import InputError
 
 
 class RegressionConfig(Config):
-    weight: float = Field(0.25, gt=0, description="lambda_reg")
+    weight: float = Field(0.25, ge=0, description="lambda_reg")
     pairs: int = Field(1000, ge=1, description="noise-sample pairs of the teacher, over all conditions")
     teacher_steps: int = Field(18, ge=1, description="steps of the teacher's deterministic sampler for a pair")
     distance: Literal["l2", "features", "lpips"] = Field(
@@ -44,21 +45,37 @@ class Pairs:
 
 
 def write_pairs(
-    folder: Path, opened: Opened, part: Part, settings: RegressionConfig, *, kappa: float, seed: int, batch: int = 256
+    folder: Path,
+    opened: Opened,
+    part: Part,
+    settings: RegressionConfig,
+    *,
+    kappa: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
 ) -> None:
-    """The teacher's deterministic samples y of noise z, for the conditions of a part; one safetensors file."""
+    """The teacher's deterministic samples y of noise z, for conditions drawn from a part; one safetensors file.
+
+    The networks of `opened` are left on `device`.
+    """
+    # Folders come class by class: the first samples would be those of a few conditions.
+    part = part.subset(np.random.default_rng([seed, 43]).permutation(len(part))[: settings.pairs])
     wanted = ev.requests(opened, part, settings.pairs)
-    condition = opened.conditioner.embed(wanted.batch)
+    for module in (opened.denoiser, opened.conditioner):
+        if isinstance(module, nn.Module):
+            module.to(device)
     levels = timesteps.levels(opened.process, settings.teacher_steps)
-    zs, ys = [], []
+    found: list[dict[str, Tensor]] = []
     for step, first in enumerate(range(0, wanted.count, batch)):
         rows = slice(first, min(first + batch, wanted.count))
-        z = Draws(seed).at("pairs", step).normal((rows.stop - rows.start, *opened.space.shape))
-        zs.append(z)
-        ys.append(ev.trajectory(opened, take(condition, rows), z, levels, kappa)[-1])
+        condition = opened.conditioner.embed({name: value[rows].to(device) for name, value in wanted.batch.items()})
+        z = Draws(seed).at("pairs", step, device=device).normal((rows.stop - rows.start, *opened.space.shape))
+        y = ev.trajectory(opened, condition, z, levels, kappa)[-1]
+        found.append({"z": z, "y": y, **{f"condition.{name}": value for name, value in condition.items()}})
     folder.mkdir(exist_ok=True)
-    held = {f"condition.{name}": value.contiguous() for name, value in condition.items()}
-    save_file({"z": torch.cat(zs), "y": torch.cat(ys), **held}, folder / "pairs.safetensors")
+    held = {name: torch.cat([piece[name] for piece in found]).cpu().contiguous() for name in found[0]}
+    save_file(held, folder / "pairs.safetensors")
 
 
 def read_pairs(folder: Path) -> Pairs:
@@ -69,7 +86,7 @@ def read_pairs(folder: Path) -> Pairs:
 
 
 def distance_of(regression: RegressionConfig | None, features: Path | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """l(x, y) on pixels -> scalar."""
+    """l(x, y) on pixels in [-1, 1] -> scalar."""
     if regression is None or regression.distance == "l2":
         return F.mse_loss
     if regression.distance == "features":
@@ -77,23 +94,29 @@ def distance_of(regression: RegressionConfig | None, features: Path | None) -> C
 
         assert features is not None
         net = load_features(features).requires_grad_(False)
-        return lambda x, y: F.mse_loss(net.features(x), net.features(y))
+        return lambda x, y: F.mse_loss(net.to(x.device).features(x), net.features(y))
     return lpips()
 
 
 def lpips() -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (arXiv 1801.03924) of torchmetrics; InputError where its weights cannot be had."""
+    """LPIPS (arXiv 1801.03924) with VGG; images below 256 pixels are enlarged to 224, as is usual for distillation
+    (arXiv 2303.01469). InputError where its weights cannot be had: the first use downloads them."""
     try:
-        from torchmetrics.functional.image.lpips import _LPIPS
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        net = _LPIPS(pretrained=True, net="vgg").eval().requires_grad_(False)
+        net = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.eval().requires_grad_(False)
     except (OSError, ImportError, RuntimeError) as error:
         raise InputError(
             f"method_args.regression.distance = 'lpips': its weights cannot be had ({error}); give l2 or features"
         ) from None
+    return perceptual(net)
 
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        x, y = (v.expand(-1, 3, -1, -1) if v.shape[1] == 1 else v for v in (x, y))
-        return net.to(x.device)(x, y).mean()
 
-    return distance
+def perceptual(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """l(x, y) of a network (x, y) -> (B,) on colour images."""
+
+    def shown(x: Tensor) -> Tensor:
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        return x if min(x.shape[-2:]) >= 256 else F.interpolate(x, (224, 224), mode="bilinear")
+
+    return lambda x, y: net.to(x.device)(shown(x), shown(y)).mean()

@@ -37,7 +37,7 @@ class Snapshots:
         self, context: RunContext, stage: str, opened: Opened, data: Data, distiller: ScoreDistiller, start: Start
     ):
         self.context, self.stage, self.opened = context, stage, opened
-        self.distiller, self.start = distiller, start
+        self.distiller, self.start, self.data = distiller, start, data
         part = data.held_out if len(data.held_out) else data.train
         self.wanted = ev.requests(opened, part, COUNT)
 

@@ -16,39 +16,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion import runs
+from kd_diffusion.checkpoint_path import (
+    INDEX,
+    Generated,
+    path_errors,
+    read_checkpoint,
+    write_checkpoint,
+    write_errors,
+)
 from kd_diffusion.data import Data, load_data
-from kd_diffusion.engine.conditions import Condition
+from kd_diffusion.engine.conditions import Condition, where
 from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller, batch_size
-from kd_diffusion.engine.draws import Draws, Turn
-from kd_diffusion.engine.lora import SharedDenoiser, adapter_state, add_frozen_adapter, load_adapter
-from kd_diffusion.engine.process import add_noise, coefficients, expand
-from kd_diffusion.engine.rollout import rollout
-from kd_diffusion.engine.score import weighted_error
+from kd_diffusion.engine.draws import Turn
+from kd_diffusion.engine.lora import LoRAConfig, SharedDenoiser, add_frozen_adapter
+from kd_diffusion.engine.process import coefficients
+from kd_diffusion.engine.rollout import Renoise, rollout
 from kd_diffusion.integrations.pipelines import Opened
+from kd_diffusion.integrations.routed import link_or_copy
 from kd_diffusion.runs import DiffusionRun, Recipe
+from kd_diffusion.snapshots import SEED
 from kdcore.config import MethodConfig, parse
 from kdcore.distiller import Distiller, GradientRule, LossTerms, Player, Progress
 from kdcore.errors import InputError
 from kdcore.method import Method
 from kdcore.stages import Artefacts, Procedure, RunContext, Stage, write_atomically
 from kdcore.training import TrainSetup, TrainStage
-
-INDEX = "index.json"
 
 
 class DisBackConfig(MethodConfig):
@@ -58,7 +62,7 @@ class DisBackConfig(MethodConfig):
     record_iterations: int = Field(400, ge=1, description="iterations of the recording")
     segment_iterations: int = Field(300, ge=1, description="iterations with each checkpoint of the path")
     prompt_drop: float = Field(
-        0.1, ge=0, le=1, description="share of empty conditions in the recording where the host guides the teacher"
+        0.1, ge=0, le=1, description="share of empty conditions in the recording where the host guides"
     )
     target: Literal["path", "teacher", "reversed"] = Field(
         "path", description="ablations: the teacher throughout with the fake from s_N, or the path in wrong order"
@@ -77,36 +81,28 @@ def pointer(iteration: int, *, segment: int, length: int) -> int:
     return max(length - 1 - iteration // segment, 0)
 
 
-def write_checkpoint(network: nn.Module, folder: Path, index: int) -> None:
-    """`s_<index>.safetensors` in the network's own precision: the adapters where it has some, else all weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = adapter_state(network) or {name: value.detach() for name, value in network.state_dict().items()}
-    temporary = folder / f".s_{index}.tmp"
-    save_file({name: value.contiguous().cpu() for name, value in state.items()}, temporary)
-    os.replace(temporary, folder / f"s_{index}.safetensors")
-
-
-def read_checkpoint(network: nn.Module, folder: Path, index: int, *, adapter: str = "default") -> None:
-    """Loads s_<index> in place. Raises InputError where a name or a shape does not fit."""
-    path = folder / f"s_{index}.safetensors"
-    try:
-        state = load_file(path)
-        if adapter_state(network):
-            load_adapter(network, state, adapter)
-        else:
-            network.load_state_dict(state, strict=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"path: {path.name} does not fit {type(network).__name__} ({reason})") from None
-
-
 class Recording(DenoisingDistiller):
     """The teacher learns to denoise what the initial generator makes; at the start of the iterations in `marks` its
-    weights are written, so that a resumed run writes what it has not passed yet."""
+    weights are written, so that a resumed run writes what it has not passed yet.
 
-    def __init__(self, denoiser: Denoiser, folder: Path, marks: Sequence[int], *, is_main: bool = True, **options: Any):
-        super().__init__(denoiser, **options)
+    conditioner, drop: a sample's condition is left out with probability `drop`, as the host's guidance leaves it out.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        folder: Path,
+        marks: Sequence[int],
+        *,
+        conditioner: Any,
+        drop: float = 0.0,
+        is_main: bool = True,
+        carried: Sequence[nn.Module] = (),
+        **options: Any,
+    ):
+        super().__init__(denoiser, condition=self.conditional, carried=[conditioner, *carried], **options)
         self.folder, self.is_main = folder, is_main
+        self.conditioner, self.drop_condition = conditioner, drop
         self.marks = {iteration: index for index, iteration in enumerate(marks, 1)}
 
     def loss(self, batch: dict[str, Tensor], player: str = "student") -> LossTerms:
@@ -115,14 +111,23 @@ class Recording(DenoisingDistiller):
             write_checkpoint(self.denoiser.network, self.folder, index)
         return super().loss(batch, player)
 
+    def conditional(self, batch: dict[str, Tensor]) -> Condition:
+        with torch.no_grad():
+            condition = self.conditioner.embed(batch)
+        if self.drop_condition == 0 or not condition:
+            return condition
+        count, device = batch_size(batch), next(self.denoiser.parameters()).device
+        mask = self.draws.turn("drop condition", self.progress.step, device).uniform(count) < self.drop_condition
+        return where(mask, self.conditioner.null(count, device), condition)
+
 
 class Backtracking(Distiller):
-    """The host's distiller, whose teacher is s_i of `path` until the pointer reaches the teacher."""
+    """The host's distiller, whose teacher is s_i of `path` until the pointer reaches the teacher. Which one follows
+    from the number of the iteration, so a resumed run needs to remember nothing."""
 
     def __init__(self, host: ScoreDistiller, path: Path, *, length: int, segment: int, target: str = "path"):
         super().__init__()
         self.host = host
-        self.student = host.student
         self.path, self.length, self.segment, self.target = path, length, segment, target
         self._loaded: int | None = None
 
@@ -143,30 +148,47 @@ class Backtracking(Distiller):
     def meter(self) -> nn.Module:
         return self.host.meter
 
+    @property
+    def renoise(self) -> Renoise:
+        return self.host.renoise
+
     def players(self) -> list[Player]:
         return self.host.players()
 
     def gradient_rule(self, player: str) -> GradientRule | None:
         return self.host.gradient_rule(player)
 
+    def deployed(self) -> nn.Module:
+        return self.host.deployed()
+
+    def epoch_start(self) -> None:
+        self.host.epoch_start()
+
+    def epoch_end(self) -> None:
+        self.host.epoch_end()
+
     def loss(self, batch: dict[str, Any], player: str = "generator") -> LossTerms:
         self.follow(self.progress.step)
         return self.host.loss(batch, player)
 
+    def active(self, iteration: int) -> int:
+        """Number of the checkpoint in the teacher's place."""
+        index = pointer(iteration, segment=self.segment, length=self.length)
+        if self.target == "teacher":
+            return 0
+        return self.length - index if self.target == "reversed" and index else index
+
     def follow(self, iteration: int) -> None:
         """Puts the checkpoint of this iteration in the teacher's place, where it is not there already."""
-        index = pointer(iteration, segment=self.segment, length=self.length)
-        if self.target == "reversed" and index > 0:
-            index = self.length - index
-        if self.target == "teacher":
-            index = 0
-        if index != self._loaded:
-            teacher = self.host.real_score
-            if hasattr(teacher, "adapter"):  # shares the fake's weights: s_0 is the network without adapters
-                teacher.adapter = "path" if index else None
-            if index or not hasattr(teacher, "adapter"):
-                read_checkpoint(teacher.network, self.path, index, adapter="path")
-            self._loaded = index
+        index = self.active(iteration)
+        if index == self._loaded:
+            return
+        teacher = self.host.real_score
+        if isinstance(teacher, SharedDenoiser):  # shares the fake's weights: s_0 is the network without adapters
+            teacher.adapter = "path" if index else None
+        if index or not isinstance(teacher, SharedDenoiser):
+            read_checkpoint(teacher.network, self.path, index, adapter="path")
+        self._loaded = index
 
 
 # ---------------------------------------------------------------- hosts
@@ -200,170 +222,169 @@ def host_of(config: Any) -> tuple[Recipe, Any]:
 
 
 def stages(config: Any, context: RunContext) -> list[Stage]:
-    """teacher, features, record, path (how far it leads), student."""
+    """teacher, features, record, path (how far it leads), student; without a path the host's own stages."""
     args, data = config.method_args, load_data(config.data, config.seed)
-    if data.mixture is not None and args.path_length:
-        raise InputError("teacher.world: the exact teacher of a mixture cannot be fine-tuned; give path_length: 0")
     recipe, host_config = host_of(config)
+    _check(config, host_config, data)
     recipe.check(host_config, data)
-    plan = runs.prepare(config, data)
-    if args.path_length > args.record_iterations:
-        raise InputError(
-            f"method_args.path_length = {args.path_length}: more than record_iterations = {args.record_iterations}"
-        )
+    plan, paths = runs.prepare(config, data), list[Path]()
     if args.path_length:
-        plan += [
-            record_stage(config, host_config, recipe, data),
-            Procedure("path", measuring(host_config, recipe, data)),
-        ]
+        plan.append(record_stage(config, host_config, recipe, data))
+        plan.append(Procedure("path", measuring(host_config, recipe, data)))
 
     def networks(run: Any, opened: Opened, artefacts: Artefacts, data: Data) -> Networks:
         found = recipe.networks(run, opened, artefacts, data)
         if args.path_length:
-            found.teacher.network.float()  # neighbours on the path differ by less than bfloat16 can hold
-            read_checkpoint(found.fake.network, artefacts["path"], args.path_length)
-            if hasattr(found.teacher, "adapter"):
-                add_frozen_adapter(found.teacher.network, host_config.method_args.lora, "path")
-                found.teacher = SharedDenoiser(found.teacher, adapter=None)
-                found.fake = SharedDenoiser(found.fake, adapter="default")
+            paths.append(artefacts["path"])
+            prepare_networks(found, artefacts["path"], args.path_length, getattr(run.method_args, "lora", None))
         return found
 
-    paths: dict[str, Path] = {}
-
     def build(run: Any, found: Networks) -> Any:
-        host = recipe.build(run, found)
+        host, segment = recipe.build(run, found), args.segment_iterations
         if not args.path_length:
             return host
-        return Backtracking(
-            host, paths["path"], length=args.path_length, segment=args.segment_iterations, target=args.target
-        )
-
-    def with_path(run: Any, opened: Opened, artefacts: Artefacts, data: Data) -> Networks:
-        paths.update(artefacts)
-        return networks(run, opened, artefacts, data)
+        return Backtracking(host, paths[-1], length=args.path_length, segment=segment, target=args.target)
 
     student = runs.student_stage(
-        host_config, data, build, sampling=recipe.sampling, batch_factor=recipe.batch_factor, networks=with_path
+        host_config,
+        data,
+        build,
+        sampling=recipe.sampling,
+        batch_factor=recipe.batch_factor,
+        networks=networks,
+        snapshots=Curve,
     )
     return [*plan, student]
 
 
+def _check(config: Any, host_config: Any, data: Data) -> None:
+    args = config.method_args
+    if not args.path_length:
+        return
+    if data.mixture is not None:
+        raise InputError("teacher.world: the exact teacher of a mixture cannot be fine-tuned; give path_length: 0")
+    if args.path_length > args.record_iterations:
+        raise InputError(
+            f"method_args.path_length = {args.path_length}: allowed: up to record_iterations = {args.record_iterations}"
+        )
+    if getattr(host_config.method_args, "fake", None) == "noise":
+        raise InputError("method_args.host_args.fake = 'noise': the path ends in a fake score; give lora or copy")
+
+
+def prepare_networks(found: Networks, path: Path, length: int, lora: LoRAConfig | None) -> None:
+    """The fake score starts as s_N, and the teacher's place can take the path's checkpoints."""
+    found.teacher.network.float()  # neighbours on the path differ by less than bfloat16 can hold
+    read_checkpoint(found.fake.network, path, length)
+    if isinstance(found.teacher, SharedDenoiser):
+        assert lora is not None
+        add_frozen_adapter(found.teacher.network, lora, "path")
+        found.teacher = SharedDenoiser(found.teacher, adapter=None)
+        found.fake = SharedDenoiser(found.fake, adapter="default")
+
+
+class Curve(runs.Snapshots):
+    """Snapshots with the student's distance to the held-out data, which is what the path is to shorten."""
+
+    samples = 500
+
+    def __call__(self, deployed: nn.Module) -> dict[str, float]:
+        super().__call__(deployed)
+        features, data = self.context.artefacts.get("features"), self.data
+        if features is None:
+            return {}
+        wanted = ev.requests(self.opened, data.held_out, min(self.samples, len(data.held_out)))
+        function = self._function(deployed)
+        pixels = ev.generate(self.opened, wanted, function, seed=SEED, batch_size=self.samples)
+        return {"frechet": ev.measure(data, features, pixels, wanted)["frechet"]}
+
+
 def record_stage(config: Any, host_config: Any, recipe: Recipe, data: Data) -> TrainStage:
     """Gives the artefact `path`: s_0 (the teacher) .. s_N and their iterations."""
-    args = config.method_args
+    args, host_args = config.method_args, host_config.method_args
     marks = [args.record_iterations * index // args.path_length for index in range(1, args.path_length + 1)]
-    budget = config.train.model_copy(update={"steps": args.record_iterations, "epochs": None, "ema": None})
+    changes = {"steps": args.record_iterations, "epochs": None, "ema": None}
+    if host_args.fake_optimizer is not None:
+        changes["optimizer"] = host_args.fake_optimizer
+    budget = config.train.model_copy(update=changes)
     kept: dict[str, Path] = {}
 
     def setup(context: RunContext) -> TrainSetup:
         opened = runs.open_teacher(config, context.artefacts, data)
         found = recipe.networks(host_config, opened, context.artefacts, data)
-        kept["recording"] = context.folder / "recording"
+        recording = kept["recording"] = context.folder / "recording"
         if context.is_main:
-            write_checkpoint(found.fake.network, kept["recording"], 0)
-        guided = host_config.method_args.guidance_scale != 1
+            write_checkpoint(found.fake.network, recording, 0)
+        kappas = {host_args.guidance_scale, host_args.fake_guidance_scale} - {None}
         distiller = Recording(
             found.fake,
-            kept["recording"],
+            recording,
             marks[:-1],
             is_main=context.is_main,
+            conditioner=opened.conditioner,
+            drop=0.0 if kappas == {1} else args.prompt_drop,
             data=samples_of(host_config, recipe, found),
-            condition=opened.conditioner.embed,
-            null=null_fields(opened) if guided else None,
-            drop=args.prompt_drop if guided else 0.0,
+            carried=[found.generator],
             seed=config.seed,
         )
         return TrainSetup(distiller, runs.make_loader(config, opened, data))
 
     def save(network: nn.Module, folder: Path) -> None:
         for file in sorted(kept["recording"].glob("s_*.safetensors")):
-            shutil.copy2(file, folder / file.name)
+            link_or_copy(file, folder / file.name)
         write_checkpoint(network, folder, args.path_length)
         write_atomically(folder / INDEX, json.dumps({"iterations": [0, *marks]}, indent=2))
 
     return TrainStage("record", budget, setup, save, "path")
 
 
-def samples_of(host_config: Any, recipe: Recipe, found: Networks) -> Callable[[dict[str, Tensor], Turn], Tensor]:
-    """(batch, draw) -> samples of the generator as it is now, without a graph."""
+def samples_of(host_config: Any, recipe: Recipe, found: Networks) -> Generated:
+    """(batch, draw) -> what the generator makes of the batch's conditions, after its last step and without a graph."""
     generator = found.generator.eval().requires_grad_(False)
     indices = recipe.build(host_config, dataclasses.replace(found)).indices
+    sampling = recipe.sampling
 
+    @torch.no_grad()
     def samples(batch: dict[str, Tensor], draw: Turn) -> Tensor:
         shape = (batch_size(batch), *found.space.shape)
-        condition = found.conditioner.embed(batch)
-        generator.to(draw.device)
         return rollout(
-            generator, generator.process, indices, condition, lambda: draw.normal(shape), start=recipe.sampling.start
+            generator,
+            generator.process,
+            indices,
+            found.conditioner.embed(batch),
+            lambda: draw.normal(shape),
+            start=sampling.start,
+            renoise=sampling.renoise,
         )
 
     return samples
 
 
-def null_fields(opened: Opened) -> dict[str, Tensor]:
-    """The batch fields of one sample without a condition."""
-    conditioner = opened.conditioner
-    if hasattr(conditioner, "tokens"):
-        return {name: value[0] for name, value in conditioner.tokens([""]).items()}
-    return {name: value[0] for name, value in conditioner.null(1, "cpu").items()}
-
-
-def measuring(host_config: Any, recipe: Recipe, data: Data, count: int = 256) -> Callable[[RunContext], Artefacts]:
-    """Denoising error of every s_i on the initial generator's samples (it falls with i) and on real data (it rises),
-    and how far s_N is from the teacher: mean ||mu_N - mu_0|| / ||mu_0 - x||."""
+def measuring(host_config: Any, recipe: Recipe, data: Data) -> Callable[[RunContext], Artefacts]:
+    """Writes into the path's index: the denoising error of every s_i on the initial generator's samples (it falls with
+    i) and on real data (it rises), and how far s_N is from the teacher: mean ||mu_N - mu_0|| / ||mu_0 - x||."""
 
     def measure(context: RunContext) -> Artefacts:
-        opened = runs.open_teacher(host_config, context.artefacts, data)
-        found = recipe.networks(host_config, opened, context.artefacts, data)
-        network, folder = found.fake.eval(), context.artefacts["path"]
-        wanted = ev.requests(opened, data.train, count)
-        condition = opened.conditioner.embed(wanted.batch)
-        fake = samples_of(host_config, recipe, found)(wanted.batch, Draws(host_config.seed).at("path", 0))
-        sets = {"generated": fake}
-        if data.train.has_images:
-            sets["real"] = opened.space.encode(data.train.read(wanted.batch["index"]))
-        errors: dict[str, list[float]] = {name: [] for name in sets}
-        predictions: dict[int, Tensor] = {}
-        length = len(json.loads((folder / INDEX).read_text())["iterations"]) - 1
-        for index in range(length + 1):
-            read_checkpoint(network.network, folder, index)
-            for name, x in sets.items():
-                error, mu = denoising_error(network, x, condition, Draws(host_config.seed).at("path noise", 0))
-                errors[name].append(error)
-                if name == "generated" and index in (0, length):
-                    predictions[index] = mu
-        moved = (predictions[length] - predictions[0]).flatten(1).norm(dim=1)
-        away = (predictions[0] - fake).flatten(1).norm(dim=1).clamp_min(1e-12)
-        share = float((moved / away).mean())
-        for name, values in errors.items():
-            context.log(
-                kind="profile",
-                name=f"denoising error along the path, {name} samples",
-                stage="path",
-                step=0,
-                x=[f"s_{index}" for index in range(length + 1)],
-                values=values,
-            )
-        if share < 0.01:
-            context.say(f"path: s_{length} is only {100 * share:.2f} % away from the teacher; record for longer")
+        folder = context.artefacts["path"]
         if context.is_main:
-            record = {**json.loads((folder / INDEX).read_text()), "errors": errors, "moved": share}
-            write_atomically(folder / INDEX, json.dumps(record, indent=2))
+            opened = runs.open_teacher(host_config, context.artefacts, data)
+            found = recipe.networks(host_config, opened, context.artefacts, data)
+            for module in (found.fake, found.generator, found.conditioner, found.space):
+                if isinstance(module, nn.Module):
+                    module.to(context.accelerator.device)
+            errors, moved = path_errors(
+                folder,
+                found,
+                samples_of(host_config, recipe, found),
+                data,
+                size=host_config.train.batch_size,
+                seed=host_config.seed,
+                device=context.accelerator.device,
+            )
+            write_errors(context, folder, errors, moved)
+        context.accelerator.wait_for_everyone()
         return {}
 
     return measure
-
-
-@torch.no_grad()
-def denoising_error(denoiser: Denoiser, x: Tensor, condition: Condition, draw: Turn) -> tuple[float, Tensor]:
-    """(mean squared error of the noise prediction, mu) at times spread over the table."""
-    process = denoiser.process
-    index = torch.linspace(0.1, 0.9, len(x)) * (process.size - 1)
-    t = process.at(index.round().long())
-    x_t = add_noise(process, x, draw.normal(x.shape), t)
-    mu = denoiser(x_t, t, condition)
-    a, s = process.levels(t)
-    return float(weighted_error(expand(a / s, x).to(x.dtype) * mu, expand(a / s, x).to(x.dtype) * x)), mu
 
 
 # ---------------------------------------------------------------- the method

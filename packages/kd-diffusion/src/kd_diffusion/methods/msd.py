@@ -10,19 +10,18 @@ learn its score.
     x = G_{router(c)}(z, c)
 
 The pairs (z, y, c) of the regression are the teacher's own and those of ALL conditions for every k: filtered ones make
-students collapse. Nothing is shared between students but the teacher and the pairs: each is a run of its own, and
-`only` trains some of them.
+students collapse. ADM goes on from what DM left, generator and fake score alike. Nothing is shared between students but
+the teacher and the pairs: each is a run of its own, and `only` trains some of them (`router` gives runs apart the same
+partition, `integrations.routed.join_bundles` puts their students together).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -30,18 +29,21 @@ from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion import runs
-from kd_diffusion.data import Data, Part, load_data
+from kd_diffusion.data import Data, load_data
 from kd_diffusion.engine.adversarial import GANConfig
 from kd_diffusion.engine.conditions import Condition, take
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.distillation import Networks, Sample, ScoreArgs, ScoreDistiller
 from kd_diffusion.engine.draws import Turn
+from kd_diffusion.engine.lora import add_lora
 from kd_diffusion.engine.rollout import start_noise
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline
-from kd_diffusion.integrations.routed import Router, pooled, split_classes, split_embeddings
+from kd_diffusion.integrations.routed import Router, write_bundle
 from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, read_pairs, write_pairs
+from kd_diffusion.partition import by_prompt, class_router, part_of, prompt_router, served
 from kd_diffusion.runs import DiffusionRun
-from kdcore.config import OptimizerConfig, TrainConfig
+from kdcore.config import TrainConfig
+from kdcore.data import mix
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError
 from kdcore.method import Method
@@ -49,13 +51,15 @@ from kdcore.stages import Artefacts, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
 Run = DiffusionRun[Any]
+ADM_SEED = 2  # the adversarial stage sees the data in another order, and noise of its own
 
 
 class MSDConfig(ScoreArgs):
-    students: int = Field(4, ge=1, description="K")
-    partition: Literal["consecutive", "embedding", "random"] = Field(
-        "consecutive", description="of classes by their ids, of prompts by their embeddings, or at random"
+    students: int = Field(4, ge=1, description="K; for prompts a power of two")
+    partition: Literal["similar", "random"] = Field(
+        "similar", description="classes by their ids, prompts by their embeddings; or at random"
     )
+    router: str | None = Field(None, description="folder of an earlier run's router, instead of a new partition")
     only: list[int] | None = Field(None, description="train these students alone; None: all")
     student_network: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the network's class that make students smaller"
@@ -67,25 +71,31 @@ class MSDConfig(ScoreArgs):
         description="of the adversarial stage",
     )
     regression: RegressionConfig | None = Field(None, description="pairs of the DMD variant; None: the DMD2 variant")
-    fake_optimizer: OptimizerConfig | None = Field(None, description="of fake scores and discriminators")
 
     @model_validator(mode="after")
     def _fits(self) -> MSDConfig:
         if self.steps != 1:
             raise ValueError(f"has steps = {self.steps}; students take one step")
         wrong = [k for k in self.only or [] if not 0 <= k < self.students]
-        if wrong:
-            raise ValueError(f"has only = {self.only}; the students are 0 to {self.students - 1}")
+        if wrong or self.only == []:
+            raise ValueError(f"has only = {self.only}; the students are 0 to {self.students - 1}, and one is needed")
         if self.tsm is not None and not self.student_network:
             raise ValueError("has tsm without student_network; students of the teacher's size start from its weights")
+        if self.adm is not None and self.gan is None:
+            raise ValueError("has adm with gan: null; the adversarial stage needs its terms")
         return self
+
+    @property
+    def chosen(self) -> list[int]:
+        """The students that the run trains."""
+        return list(range(self.students)) if self.only is None else sorted(set(self.only))
 
 
 # ---------------------------------------------------------------- one student
 
 
 class MSD(ScoreDistiller):
-    """DM of one student, with the regression on pairs where they are given; with `gan`, ADM."""
+    """DM of one student, with the regression where there are pairs; with `args.gan`, ADM."""
 
     def __init__(
         self,
@@ -131,57 +141,81 @@ def stages(config: Run, context: RunContext) -> list[Stage]:
         plan.append(Procedure("pairs", _pairing(config, data)))
     if args.tsm is not None:
         plan.append(_tsm_stage(config, data))
-    for k in chosen(args):
-        if args.adm is None:
-            plan.append(_student_stage(config, data, k, name=stage_name(args, k), gan=False))
-        else:
-            plan.append(_student_stage(config, data, k, name=f"dm-{k}", artefact=f"dm_{k}", gan=False))
-            plan.append(_student_stage(config, data, k, name=stage_name(args, k), start=f"dm_{k}", gan=True))
+    for k in args.chosen:
+        if args.adm is not None:
+            plan.append(_student_stage(config, data, k, name=f"dm-{k}", artefact=f"dm_{k}"))
+        # One student alone is the host method's run, seeds included.
+        name = "student" if args.students == 1 else f"student-{k}"
+        start = None if args.adm is None else f"dm_{k}"
+        plan.append(_student_stage(config, data, k, name=name, artefact=f"student_{k}", start=start))
     plan.append(Procedure("bundle", _bundling(config)))
     return plan
 
 
-def chosen(args: MSDConfig) -> list[int]:
-    """The students that this run trains."""
-    return sorted(set(args.only)) if args.only is not None else list(range(args.students))
-
-
-def stage_name(args: MSDConfig, k: int) -> str:
-    """One student alone is the host method's run, seeds included."""
-    return "student" if args.students == 1 else f"student-{k}"
-
-
 def _check(config: Run, data: Data) -> None:
+    """Raises InputError for what shows before anything trains."""
     args = config.method_args
     runs.check(config.model_copy(update={"method_args": args if args.adm is not None else _without_gan(args)}), data)
-    if data.train.labels is None and data.train.prompts is None:
-        raise InputError("data: has neither classes nor prompts to give to different students")
-    if config.student.pretrained is not None and args.student_network:
-        raise InputError("student.pretrained: with method_args.student_network the students are built anew")
+    for field in ("pretrained", "lora"):
+        if args.student_network and getattr(config.student, field) is not None:
+            raise InputError(f"student.{field}: with method_args.student_network the students are built anew")
+    if args.tsm is not None and not data.train.has_images:
+        raise InputError("method_args.tsm: needs real samples, and the data has prompts alone; give tsm: null")
     if args.regression is not None and args.regression.distance == "features" and not runs.uses_features(data):
         raise InputError("method_args.regression.distance = 'features': the data has no classifier; give l2 or lpips")
+    if args.router is not None and Router.load(args.router, field="method_args.router").count != args.students:
+        raise InputError(f"method_args.router = '{args.router}': does not divide among {args.students} students")
+    by_class = config.teacher.world is not None and config.teacher.world.name not in ("digits_text", "mixture")
+    if config.teacher.world is not None and config.teacher.world.name == "mixture":
+        raise InputError("teacher.world: the mixture's teacher has no condition to divide among students")
+    if config.teacher.pretrained is not None:
+        opened = runs.open_teacher(config, {}, data)
+        by_class = not by_prompt(opened)
+        if args.student_network:
+            small_network(opened, args)
+    if by_class:
+        _check_sizes(config, data, make_router(config, None, data))
+    elif args.students & (args.students - 1):
+        raise InputError(f"method_args.students = {args.students}: allowed for prompts: a power of two")
+
+
+def _check_sizes(config: Run, data: Data, router: Router) -> None:
+    """Raises InputError where a student has less than a batch of samples."""
+    labels = data.train.labels
+    if labels is None:
+        raise InputError("data: the teacher is class-conditional and the data has no labels")
+    counts, args = router.route({"class_labels": labels}).bincount(minlength=router.count), config.method_args
+    budgets = {"train": config.train} if args.adm is None else {"train": config.train, "method_args.adm": args.adm}
+    for field, budget in budgets.items():
+        for k in args.chosen:
+            if budget.batch_size > counts[k]:
+                raise InputError(f"{field}.batch_size = {budget.batch_size}: student {k} has {int(counts[k])} samples")
 
 
 def _without_gan(args: MSDConfig) -> MSDConfig:
     return args.model_copy(update={"gan": None})
 
 
-def make_router(config: Run, opened: Opened, data: Data) -> Router:
-    """The partition of the conditions."""
-    args, generator = config.method_args, np.random.default_rng([config.seed, 41])
-    if hasattr(opened.conditioner, "tokens"):
-        wanted = ev.requests(opened, data.train, len(data.train))
-        drawn = torch.Generator().manual_seed(config.seed) if args.partition == "random" else None
-        return split_embeddings(pooled(opened.conditioner.embed(wanted.batch)), args.students, drawn)
-    order = generator.permutation(data.num_classes) if args.partition == "random" else None
-    return split_classes(data.num_classes, args.students, order)
+# ---------------------------------------------------------------- the trainings
+
+
+def make_router(config: Run, opened: Opened | None, data: Data, device: torch.device | str = "cpu") -> Router:
+    """The partition of the conditions; of classes without `opened`."""
+    args = config.method_args
+    if args.router is not None:
+        return Router.load(args.router, field="method_args.router")
+    shuffled = args.partition == "random"
+    if opened is not None and by_prompt(opened):
+        return prompt_router(opened, data.train, args.students, shuffled=shuffled, seed=config.seed, device=device)
+    return class_router(data.num_classes, args.students, shuffled=shuffled, seed=config.seed)
 
 
 def _routing(config: Run, data: Data) -> Callable[[RunContext], Artefacts]:
     def run(context: RunContext) -> Artefacts:
         folder = context.folder / "router"
         if context.is_main:
-            make_router(config, runs.open_teacher(config, context.artefacts, data), data).save(folder)
+            opened = runs.open_teacher(config, context.artefacts, data)
+            make_router(config, opened, data, context.accelerator.device).save(folder)
         context.accelerator.wait_for_everyone()
         return {"router": folder}
 
@@ -193,10 +227,11 @@ def _pairing(config: Run, data: Data) -> Callable[[RunContext], Artefacts]:
     args = config.method_args
 
     def run(context: RunContext) -> Artefacts:
-        folder = context.folder / "pairs"
+        folder, device = context.folder / "pairs", context.accelerator.device
         if context.is_main:
             opened = runs.open_teacher(config, context.artefacts, data)
-            write_pairs(folder, opened, data.train, args.regression, kappa=args.guidance_scale, seed=config.seed)
+            options = {"kappa": args.guidance_scale, "seed": config.seed, "device": device}
+            write_pairs(folder, opened, data.train, args.regression, **options)
         context.accelerator.wait_for_everyone()
         return {"pairs": folder}
 
@@ -206,14 +241,15 @@ def _pairing(config: Run, data: Data) -> Callable[[RunContext], Artefacts]:
 def _tsm_stage(config: Run, data: Data) -> TrainStage:
     """Gives the artefact `small`: a network of the students' size that has learnt the teacher's prediction."""
     args = config.method_args
-    kept: dict[str, Opened] = {}
 
     def setup(context: RunContext) -> TrainSetup:
-        opened = kept["teacher"] = runs.open_teacher(config, context.artefacts, data)
+        opened = runs.open_teacher(config, context.artefacts, data)
         distiller = DenoisingDistiller(
             opened.denoiser_for(small_network(opened, args)),
             condition=opened.conditioner.embed,
+            encode=opened.space.encode,
             teacher=opened.denoiser,
+            carried=(opened.conditioner, opened.space),
             seed=config.seed,
         )
         budget = config.model_copy(update={"train": args.tsm})
@@ -223,97 +259,86 @@ def _tsm_stage(config: Run, data: Data) -> TrainStage:
 
 
 def small_network(opened: Opened, args: MSDConfig) -> nn.Module:
-    """A fresh network of the teacher's class with `student_network` over its config."""
+    """A fresh network of the teacher's class with `student_network` over its config. Nothing of the teacher's weights
+    is taken: names that happen to fit would hold layers of another width or place."""
     from kd_diffusion.worlds.vae import created
 
     network = opened.network
     known = {name: value for name, value in network.config.items() if not name.startswith("_")}
     made = created(type(network), {**known, **args.student_network}, "method_args.student_network")
-    if sum(p.numel() for p in made.parameters()) >= sum(p.numel() for p in network.parameters()):
-        raise InputError("method_args.student_network: the student is not smaller than the teacher")
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (made, network)]
+    if sizes[0] >= sizes[1]:
+        raise InputError(
+            f"method_args.student_network: has {sizes[0]} parameters; allowed: fewer than the teacher's {sizes[1]}"
+        )
     return made
 
 
 def _student_stage(
-    config: Run,
-    data: Data,
-    k: int,
-    *,
-    name: str,
-    gan: bool,
-    artefact: str | None = None,
-    start: str | None = None,
+    config: Run, data: Data, k: int, *, name: str, artefact: str, start: str | None = None
 ) -> TrainStage:
     """DM, or from the artefact `start` ADM, of student k on its part of the conditions."""
+    gan = start is not None
     args: MSDConfig = config.method_args if gan else _without_gan(config.method_args)
     budget = args.adm if gan and args.adm is not None else config.train
-    own_config = config.model_copy(update={"train": budget, "method_args": args})
+    seed = mix(config.seed, ADM_SEED) if gan else config.seed
+    own = config.model_copy(update={"train": budget, "method_args": args, "seed": seed})
     kept: dict[str, Any] = {}
 
     def setup(context: RunContext) -> TrainSetup:
         opened = runs.open_teacher(config, context.artefacts, data)
-        runs.check_data(opened, data, own_config)
         router = Router.load(context.artefacts["router"])
-        part = part_of(opened, data, router, k)
+        part = part_of(opened, data, router, k, context.accelerator.device)
         if budget.batch_size > len(part.train):
             raise InputError(f"train.batch_size = {budget.batch_size}: student {k} has {len(part.train)} samples")
-        networks = runs.make_networks(config, opened, context.artefacts, data)
-        if args.student_network:
-            networks.generator = opened.denoiser_for(_start_network(opened, args, context.artefacts))
-        if start is not None:
-            networks.generator = opened.denoiser_for(_loaded(context.artefacts[start], opened))
-            fake = _loaded(context.artefacts[start] / "fake", opened, whole=False)
-            networks.fake = opened.denoiser_for(fake)
-        pairs = None
-        if args.regression is not None:
-            pairs = read_pairs(context.artefacts["pairs"])
-            if args.regression.filtered:
-                pairs.places = torch.nonzero(router.route(pairs.condition) == k).flatten()
-        distiller = MSD(
-            networks,
-            args,
-            pairs=pairs,
-            distance=distance_of(args.regression, context.artefacts.get("features")),
-            seed=config.seed,
-            ema=budget.ema,
-        )
+        runs.check_data(opened, part, own)
+        networks = make_networks(config, opened, context.artefacts, data, start)
+        options: dict[str, Any] = {}
+        if args.regression is not None and not gan:
+            options["pairs"] = drawn_pairs(context.artefacts["pairs"], args.regression, router, k)
+            options["distance"] = distance_of(args.regression, context.artefacts.get("features"))
+        distiller = MSD(networks, args, seed=seed, ema=budget.ema, **options)
         kept.update(teacher=opened, distiller=distiller)
-        loader = runs.make_loader(own_config, opened, part)
         snapshots = runs.Snapshots(context, name, opened, part, distiller, distiller.start)
-        return TrainSetup(distiller, loader, snapshots)
+        return TrainSetup(distiller, runs.make_loader(own, opened, part), snapshots)
 
     def save(network: nn.Module, folder: Path) -> None:
-        distiller, opened = kept["distiller"], kept["teacher"]
-        runs.save_pipeline(own_config, opened, network, folder, distiller.indices, runs.Sampling())
-        if artefact is not None:  # the adversarial stage goes on from both
+        distiller = kept["distiller"]
+        runs.save_pipeline(own, kept["teacher"], network, folder, distiller.indices, runs.Sampling())
+        if artefact.startswith("dm_"):  # the adversarial stage goes on from both
             distiller.fake.network.save_pretrained(folder / "fake")
 
-    return TrainStage(name, budget.model_copy(update={"ema": None}), setup, save, artefact or f"student_{k}")
+    return TrainStage(name, budget.model_copy(update={"ema": None}), setup, save, artefact)
 
 
-def part_of(opened: Opened, data: Data, router: Router, k: int) -> Data:
-    """The data whose conditions belong to student k."""
-    parts = {name: served(opened, getattr(data, name), router, [k]) for name in ("train", "held_out")}
-    return dataclasses.replace(data, **parts)
+def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data, start: str | None) -> Networks:
+    """As the host method's; the generator anew where it is smaller, both of what trains from `start` in ADM."""
+    args, networks = config.method_args, runs.make_networks(config, opened, artefacts, data)
+    own_class = type(opened.network)
+    if start is not None:
+        fake = own_class.from_pretrained(artefacts[start] / "fake", use_safetensors=True)
+        networks.fake = opened.denoiser_for(runs.trainable(fake))
+        generator = open_pipeline(artefacts[start]).network
+    elif "small" in artefacts:
+        generator = own_class.from_pretrained(artefacts["small"], use_safetensors=True)
+    elif args.student_network:
+        generator = small_network(opened, args)
+    else:
+        return networks
+    networks.generator = opened.denoiser_for(runs.trainable(generator))
+    if config.student.lora is not None:  # ADM: on the weights that DM's adapters went into
+        add_lora(networks.generator.network, config.student.lora, field="student.lora")
+    return networks
 
 
-def served(opened: Opened, part: Part, router: Router, students: list[int]) -> Part:
-    """The samples whose conditions these students serve."""
-    if router.count == 1 or len(part) == 0:
-        return part
-    places = router.route(opened.conditioner.embed(ev.requests(opened, part, len(part)).batch))
-    return part.subset(np.flatnonzero(torch.isin(places, torch.tensor(students)).numpy()))
-
-
-def _start_network(opened: Opened, args: MSDConfig, artefacts: Artefacts) -> nn.Module:
-    if "small" in artefacts:
-        return runs.trainable(type(opened.network).from_pretrained(artefacts["small"], use_safetensors=True))
-    return runs.trainable(small_network(opened, args))
-
-
-def _loaded(folder: Path, opened: Opened, *, whole: bool = True) -> nn.Module:
-    network = open_pipeline(folder).network if whole else type(opened.network).from_pretrained(folder)
-    return runs.trainable(network)
+def drawn_pairs(folder: Path, regression: RegressionConfig, router: Router, k: int) -> Pairs:
+    """The pairs of all conditions; in the ablation only those of student k, and InputError where there are none."""
+    pairs = read_pairs(folder)
+    if regression.filtered:
+        pairs.places = torch.nonzero(router.route(pairs.condition) == k).flatten()
+        if len(pairs.places) == 0:
+            raise InputError(f"method_args.regression.pairs = {regression.pairs}: none is of student {k}; give more")
+    return pairs
 
 
 def _bundling(config: Run) -> Callable[[RunContext], Artefacts]:
@@ -322,9 +347,8 @@ def _bundling(config: Run) -> Callable[[RunContext], Artefacts]:
     def run(context: RunContext) -> Artefacts:
         folder = context.folder / "student"
         if context.is_main:
-            shutil.copytree(context.artefacts["router"], folder, dirs_exist_ok=True)
-            for k in chosen(config.method_args):
-                shutil.copytree(context.artefacts[f"student_{k}"], folder / f"student_{k}", dirs_exist_ok=True)
+            students = {k: context.artefacts[f"student_{k}"] for k in config.method_args.chosen}
+            write_bundle(folder, Router.load(context.artefacts["router"]), students)
         context.accelerator.wait_for_everyone()
         return {"student": folder}
 
@@ -339,38 +363,47 @@ def routed_function(bundle: Path, teacher: Opened) -> ev.Generate:
     router = Router.load(bundle)
     students: dict[int, Opened] = {}
 
+    def student(k: int) -> Opened:
+        if k not in students:
+            folder = bundle / f"student_{k}"
+            if not folder.is_dir():
+                raise InputError(f"student {k}: not trained in this run (only = ..), so there is no evaluation")
+            students[k] = open_pipeline(folder)
+            students[k].denoiser.eval()
+        return students[k]
+
+    @torch.no_grad()
     def function(condition: Condition, draw: Any) -> Tensor:
         places, z = router.route(condition), draw.normal((draw.count, *teacher.space.shape))
         x = torch.empty_like(z)
         for k in places.unique().tolist():
-            if k not in students:
-                folder = bundle / f"student_{k}"
-                if not folder.is_dir():
-                    raise InputError(f"student {k}: not trained in this run (only = ..), so there is no evaluation")
-                students[k] = open_pipeline(folder)
-            own = students[k]
-            mask = (places == k).to(z.device)
+            own, mask = student(k), (places == k).to(z.device)
             t = own.process.at(torch.full((int(mask.sum()),), own.process.size - 1, device=z.device))
-            with torch.no_grad():
-                x[mask] = own.denoiser.eval()(start_noise(own.process, z[mask], t), t, take(condition, mask))
+            denoiser = own.denoiser.to(z.device)
+            x[mask] = denoiser(start_noise(own.process, z[mask], t), t, take(condition, mask))
         return x
 
     return function
 
 
 def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
-    """The shared metrics of the bundle, on the conditions that its students serve."""
-    args = config.method_args
-    data = load_data(config.data, config.seed)
-    if args.only is not None:
-        teacher, router = runs.open_teacher(config, artefacts, data), Router.load(artefacts["router"])
-        data = dataclasses.replace(data, held_out=served(teacher, data.held_out, router, chosen(args)))
-    result = runs.evaluate(
-        config, artefacts, data=data, student=lambda teacher: routed_function(artefacts["student"], teacher)
-    )
-    folders = [artefacts["student"] / f"student_{k}" for k in chosen(args)]
-    result["student/parameters"] = sum(p.numel() for p in open_pipeline(folders[0]).network.parameters())
-    result["students"] = len(folders)
+    """The shared metrics of the bundle, on the conditions that its students serve, and of each student on its own."""
+    args, data = config.method_args, load_data(config.data, config.seed)
+    teacher, router = runs.open_teacher(config, artefacts, data), Router.load(artefacts["router"])
+    function = routed_function(artefacts["student"], teacher)
+    asked = dataclasses.replace(data, held_out=served(teacher, data.held_out, router, args.chosen))
+    result = runs.evaluate(config, artefacts, data=asked, student=lambda teacher: function)
+    first = open_pipeline(artefacts[f"student_{args.chosen[0]}"])
+    result["student/parameters"] = sum(p.numel() for p in first.network.parameters())
+    result["students"] = len(args.chosen)
+    if args.students > 1 and "features" in artefacts:
+        for k in args.chosen:
+            part = dataclasses.replace(data, held_out=served(teacher, data.held_out, router, [k]))
+            wanted = ev.requests(teacher, part.held_out, max(1, config.evaluation.samples // len(args.chosen)))
+            options = {"seed": config.seed, "batch_size": config.evaluation.batch_size}
+            pixels = ev.generate(teacher, wanted, function, **options)
+            metrics = ev.measure(part, artefacts["features"], pixels, wanted, seed=config.seed)
+            result |= ev.prefixed(f"student_{k}", metrics)
     return result
 
 
