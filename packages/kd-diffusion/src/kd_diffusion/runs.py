@@ -342,7 +342,7 @@ def saved_student(
 
 def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
     """A saved student behind the teacher's conditioner."""
-    own = open_pipeline(folder, field="student")
+    own = open_pipeline(folder, field="student", size=config.teacher.size)
     own.conditioner = teacher.conditioner
     return own
 
