@@ -42,7 +42,7 @@ Sampler = Callable[[Tensor, Condition, Condition], Tensor]
 class NegationConfig(Config):
     alphas: list[float] = Field(default_factory=lambda: [0.25, 0.5, 1.0], description="scales of the negative prompt")
     samples: int = Field(500, ge=0, description="images a question and scale; 0: do not ask")
-    teacher_steps: int = Field(25, ge=1, description="steps of the teacher's row")
+    teacher_steps: int = Field(10, ge=1, description="steps of the teacher's row")
 
 
 @dataclass(frozen=True)
