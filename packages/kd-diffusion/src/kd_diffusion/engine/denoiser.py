@@ -132,16 +132,12 @@ def _unet_condition(network: nn.Module, x: Tensor, time: Tensor, condition: Cond
 
 
 def _dit(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    # DiT drops labels itself in training mode; here the caller decides what is unconditional.
-    embedder = [m for m in network.modules() if type(m).__name__ == "LabelEmbedding"]
-    rates = [m.dropout_prob for m in embedder]
-    try:
-        for module in embedder:
+    # DiT drops labels itself in training mode; here the caller decides what is unconditional. It stays off, because a
+    # backward pass that recomputes activations comes after this call.
+    for module in network.modules():
+        if type(module).__name__ == "LabelEmbedding":
             module.dropout_prob = 0.0
-        return network(x, timestep=time, class_labels=condition["class_labels"], return_dict=False)[0]
-    finally:
-        for module, rate in zip(embedder, rates, strict=True):
-            module.dropout_prob = rate
+    return network(x, timestep=time, class_labels=condition["class_labels"], return_dict=False)[0]
 
 
 def _pixart(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
