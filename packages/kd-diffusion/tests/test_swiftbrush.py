@@ -101,6 +101,68 @@ def test_gradient_of_the_step_from_pure_noise():
     torch.testing.assert_close(generator.value.grad, slope * g.sum(0, keepdim=True) / x.numel())
 
 
+# ---------------------------------------------------------------- diversity
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of N(mean, std^2) in every number, both trainable."""
+
+    def __init__(self, process, mean, std):
+        super().__init__()
+        self.process = process
+        self.mean, self.log_std = nn.Parameter(torch.tensor(mean)), nn.Parameter(torch.tensor(std).log())
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=False):
+        a, s = (level.float().view(-1, 1, 1, 1) for level in self.process.levels(timestep))
+        variance = (2 * self.log_std).exp()
+        return (self.mean + a * variance / (a**2 * variance + s**2) * (sample - a * self.mean),)
+
+
+class Affine(nn.Module):
+    """A generator of N(mean, std^2) from unit noise."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = nn.Parameter(torch.tensor(mean)), nn.Parameter(torch.tensor(std))
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=False):
+        return (self.mean + self.std * sample,)
+
+
+def trained_spread(fake, seed):
+    """|std| of a generator that starts at N(0, 1), its teacher being N(1, 0.5^2)."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    process = VP((1 - betas).cumprod(0))
+    networks = Networks(
+        *[Denoiser(n, process, "sample") for n in (Gaussian(process, 1.0, 0.5), Gaussian(process, 0.0, 1.0))],
+        Denoiser(Affine(0.0, 1.0), process, "sample"),
+        ClassConditioner(1, 1),
+        Space(2, 1, 1),
+    )
+    args = SwiftBrushConfig.model_validate({"fake": fake, "guidance_scale": 1.0})
+    distiller = SwiftBrush(networks, args, seed=seed)
+    optimizers = {
+        player.name: torch.optim.Adam(player.module.parameters(), lr={"generator": 0.01, "fake": 0.03}[player.name])
+        for player in distiller.players()
+    }
+    for step in range(600):
+        distiller.progress.step = step
+        for name, optimizer in optimizers.items():
+            optimizer.zero_grad()
+            distiller.loss({"class_labels": torch.zeros(64, dtype=torch.int64)}, name).total().backward()
+            optimizer.step()
+    return abs(float(distiller.student.std.detach()))
+
+
+@pytest.mark.slow
+def test_the_adapted_teacher_keeps_the_spread_that_the_true_noise_loses():
+    """At a fixed x the mean of e is zero, so that without a fake score every sample is drawn to the mode."""
+    for seed in range(3):
+        kept, lost = trained_spread("copy", seed), trained_spread("noise", seed)
+        assert abs(kept - 0.5) < abs(lost - 0.5)
+        assert lost < kept
+
+
 # ---------------------------------------------------------------- on a Stable Diffusion pipeline
 
 
