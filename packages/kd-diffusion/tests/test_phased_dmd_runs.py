@@ -15,8 +15,9 @@ from kd_diffusion import testing
 from kd_diffusion.engine.process import Flow, add_noise, renoise, subinterval_target, target
 from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.score import weighted_error
+from kd_diffusion.engine.timesteps import levels
 from kd_diffusion.integrations.experts import NoiseLevelExperts
-from kd_diffusion.integrations.pipelines import open_pipeline, opened
+from kd_diffusion.integrations.pipelines import open_pipeline, opened, sampler_config
 from kd_diffusion.methods import phased_dmd
 from kd_diffusion.methods.phased_dmd import clamped_weight
 from kdcore.errors import InputError
@@ -169,6 +170,17 @@ def test_a_teacher_of_another_process_is_refused_before_the_run(tiny_unet_folder
     method, config = small(tiny_unet_folder)
     with pytest.raises(InputError, match="allowed: a rectified flow"):
         train(method, config, tmp_path / "run", quiet=True, cpu=True)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (4, 7.0)])
+def test_the_saved_scheduler_steps_at_the_students_levels(steps, shift):
+    process, taught = Flow(shift), testing.flow_pipeline().scheduler
+    indices = levels(process, steps)
+    scheduler = sampler_config(taught, "flow_prediction", process, indices, renoise="euler")
+    scheduler.set_timesteps(steps)
+    expected = process.at(torch.tensor([*indices, -1]))
+    torch.testing.assert_close(scheduler.sigmas, expected)
+    torch.testing.assert_close(scheduler.timesteps, process.network_time(expected[:-1]))
 
 
 # ---------------------------------------------------------------- video

@@ -265,7 +265,7 @@ def sampler_config(
     """A stock scheduler with which `pipe(.., num_inference_steps=N)` takes the student's own steps.
 
     EDM: CMStochasticIterativeScheduler. Flow: FlowMatchEulerDiscreteScheduler that draws new noise in each step (give
-    `sigmas=` the levels); with Euler's steps FlowMapEulerDiscreteScheduler, whose steps start at the levels, or
+    `sigmas=` the levels); with Euler's or one step FlowMapEulerDiscreteScheduler, whose steps start at the levels, or
     FlowMatchEulerDiscreteScheduler where the teacher shifts dynamically and its pipeline gives the levels itself. VP:
     the table is cut at the first level, so that one step starts there; LCMScheduler, or for one step from a noised zero
     image EulerDiscreteScheduler, whose first latent is s_t z.
@@ -282,10 +282,10 @@ def sampler_config(
             rho=process.rho,
             clip_denoised=False,
         )
-    if isinstance(process, Flow) and renoise == "euler" and not config.get("use_dynamic_shifting"):
+    if isinstance(process, Flow) and (renoise == "euler" or len(indices) == 1):
+        if config.get("use_dynamic_shifting"):
+            return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         return diffusers.FlowMapEulerDiscreteScheduler(shift=process.shift)
-    if isinstance(process, Flow) and renoise == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     if isinstance(process, Flow):
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
     if not isinstance(process, VP):
