@@ -429,6 +429,7 @@ def test_the_evaluation_samples_as_the_bundle_does(bundle, teacher):
     torch.testing.assert_close((own / 2 + 0.5).clamp(0, 1), stock, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_student_loads_where_this_package_is_not(bundle):
     script = """
         import sys
@@ -506,6 +507,7 @@ def test_prompts_go_to_their_students(tmp_path, tiny_text_folder):
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_one_student_alone_is_dmd2_bit_for_bit(tmp_path, tiny_unet_folder):
     args = {"method_args.gan": None, "method_args.fake_updates": 2}
     host = config(tiny_unet_folder, dmd2.METHOD, **args)
@@ -519,6 +521,7 @@ def test_one_student_alone_is_dmd2_bit_for_bit(tmp_path, tiny_unet_folder):
     assert b["student/nfe"] == 1
 
 
+@pytest.mark.slow
 def test_students_are_runs_of_their_own(tmp_path, tiny_unet_folder):
     """A student alone is bit-identical to the one among others, and a rerun leaves the others' files."""
     both = config(tiny_unet_folder, **{"method_args.students": 2, "method_args.fake_updates": 1})
@@ -725,10 +728,10 @@ def test_the_papers_settings_train_on_another_pipeline(tmp_path, tiny_unet_folde
 
     by_class = name == "paper"
     for subject in range(8):
-        (tmp_path / "images" / f"subject {chr(97 + subject) * 3}").mkdir(parents=True)
+        (tmp_path / "images" / chr(97 + subject) * 2).mkdir(parents=True)
         for index in range(6):
             picture = Image.new("L", (16, 16), 40 * index + subject)
-            picture.save(tmp_path / "images" / f"subject {chr(97 + subject) * 3}" / f"{index}.png")
+            picture.save(tmp_path / "images" / chr(97 + subject) * 2 / f"{index}.png")
     changes = {
         "teacher.pretrained": str(tiny_unet_folder if by_class else tiny_text_folder),
         "teacher.dtype": "fp32",

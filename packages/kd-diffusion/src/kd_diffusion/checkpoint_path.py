@@ -110,6 +110,7 @@ def write_errors(context: RunContext, folder: Path, errors: dict[str, list[float
     write_atomically(folder / INDEX, json.dumps(record, indent=2))
 
 
+@torch.no_grad()
 def denoising_error(denoiser: Denoiser, x: Tensor, condition: Condition, draw: Turn) -> tuple[float, Tensor]:
     """(mean squared error of the noise prediction, mu) at times between the ends of the table."""
     process = denoiser.process

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_diffusion import evaluation as ev
 from kd_diffusion.data import Data, Part
 from kd_diffusion.integrations.conditioners import TextConditioner
 from kd_diffusion.integrations.pipelines import Opened
 from kd_diffusion.integrations.routed import Router, pooled
 from kdcore.errors import InputError
 
-SAME = 1e-6  # share of the range within which two projections count as one: prompts that are alike stay together
+NOISE = 5e-7  # of the largest projection: two that are nearer count as one, prompts that are alike stay together
+FITTED = 1_000_000  # prompts that a tree is fitted to at most
 
 
 def by_prompt(opened: Opened) -> bool:
@@ -38,19 +38,26 @@ def prompt_router(
     opened: Opened, part: Part, count: int, *, shuffled: bool, seed: int, device: torch.device | str = "cpu"
 ) -> Router:
     """Prompts by the principal directions of their pooled embeddings, or by random ones."""
+    if len(part) > FITTED:
+        part = part.subset(np.random.default_rng([seed, 53]).permutation(len(part))[:FITTED])
     generator = torch.Generator().manual_seed(seed) if shuffled else None
     return split_embeddings(pooled_prompts(opened, part, device), count, generator)
 
 
 def pooled_prompts(opened: Opened, part: Part, device: torch.device | str = "cpu", batch: int = 256) -> Tensor:
-    """(N, D): the pooled embedding of each sample's prompt; the text encoder is left on `device`."""
-    wanted = ev.requests(opened, part, len(part))
-    assert isinstance(opened.conditioner, TextConditioner)
-    conditioner, found = opened.conditioner.to(device), []
-    for first in range(0, len(part), batch):
-        rows = {name: value[first : first + batch].to(device) for name, value in wanted.batch.items()}
+    """(N, D): the pooled embedding of each sample's prompt, bit for bit the same of a prompt that occurs again; the
+    text encoder is left on `device`."""
+    conditioner, prompts = opened.conditioner, part.prompts
+    assert isinstance(conditioner, TextConditioner)
+    if prompts is None:
+        raise InputError("data: the teacher is conditioned on text and the data has no prompts")
+    conditioner.to(device)
+    unique, found = sorted(set(prompts)), []
+    for first in range(0, len(unique), batch):
+        rows = {name: value.to(device) for name, value in conditioner.tokens(unique[first : first + batch]).items()}
         found.append(pooled(conditioner.embed(rows)).cpu())
-    return torch.cat(found)
+    place = {prompt: row for row, prompt in enumerate(unique)}
+    return torch.cat(found)[torch.tensor([place[prompt] for prompt in prompts])]
 
 
 def served(
@@ -111,16 +118,15 @@ def split_embeddings(embeddings: Tensor, count: int, generator: torch.Generator 
     for level, direction in enumerate(directions):
         values, first = x @ direction, 2**level - 1
         for part in range(2**level):
-            thresholds[first + part] = _middle(values[node == part], count)
+            thresholds[first + part] = _middle(values[node == part], NOISE * float(values.abs().max()), count)
         node = 2 * node + (values > thresholds[first + node]).long()
     return Router(count, directions=directions.contiguous(), thresholds=thresholds)
 
 
-def _middle(values: Tensor, count: int) -> Tensor:
+def _middle(values: Tensor, noise: float, count: int) -> Tensor:
     """The number between two different values (N,) that leaves the most equal halves."""
     values = values.sort().values
-    gaps = values.diff()
-    places = torch.nonzero(gaps > SAME * max(1e-12, float(values[-1] - values[0]))).flatten() if len(values) else gaps
+    places = torch.nonzero(values.diff() > noise).flatten()
     if len(places) == 0:
         raise InputError(f"students = {count}: the prompts are too alike to be split into as many parts")
     place = places[(places + 1 - len(values) / 2).abs().argmin()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def shared_views(denoiser: Denoiser, config: LoRAConfig, *, field: str = "lora")
 def add_frozen_adapter(network: nn.Module, config: LoRAConfig, name: str) -> None:
     """Another adapter that never trains, for weights that are loaded into it."""
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    _add_adapter(network, config, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is meant
+        _add_adapter(network, config, name)
     for parameter_name, parameter in network.named_parameters():
         parameter.requires_grad_(parameter_name in before)
     for layer_name, module in network.named_modules():
