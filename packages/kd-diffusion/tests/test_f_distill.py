@@ -1,5 +1,6 @@
 """f-distill: weights of every divergence, the ratio and its normalisation, and what reaches whom."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from kd_diffusion.engine.adversarial import GANConfig
 from kd_diffusion.engine.distillation import Networks
 from kd_diffusion.engine.process import EDM, VP, Flow
+from kd_diffusion.engine.score import inject
 from kd_diffusion.integrations.pipelines import opened
 from kd_diffusion.methods.dmd2 import DMD2, DMD2Config
 from kd_diffusion.methods.f_distill import (
@@ -150,6 +152,65 @@ def test_ratio_is_that_of_the_mean_logit_clipped_and_without_a_graph():
     assert not r.requires_grad
     assert density_ratio(torch.ones(2, 1, dtype=torch.bfloat16), CLIP).dtype == torch.float32
     close(density_ratio(double(-50.0, 50.0)[:, None], CLIP), CLIP, 1e-12)
+
+
+# ---------------------------------------------------------------- the theorem, in one dimension
+
+
+def log_mixture(x, weights, means, deviations):
+    parts = [torch.distributions.Normal(m, d).log_prob(x) + math.log(w) for w, m, d in zip(weights, means, deviations)]
+    return torch.stack(parts).logsumexp(0)
+
+
+def log_normal(x, mean, deviation):
+    return -0.5 * ((x - mean) / deviation) ** 2 - deviation.log() - 0.5 * math.log(2 * math.pi)
+
+
+def scores(log_p, log_q, x):
+    x = x.detach().requires_grad_()
+    return [torch.autograd.grad(log(x).sum(), x)[0] for log in (log_p, log_q)]
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_weighted_score_difference_is_the_gradient_of_the_divergence(name):
+    """Of the student x = m + s z against two Gaussians, both sides by quadrature."""
+    f, constant = GENERATORS[name]
+    grid = torch.linspace(-9, 9, 20_001, dtype=F64)
+    log_p = lambda x: log_mixture(x, (0.7, 0.3), (-1.0, 1.5), (0.6, 0.7))  # noqa: E731
+    mean, deviation = double(0.2)[0].requires_grad_(), double(0.5)[0].requires_grad_()
+    log_q = log_normal(grid, mean, deviation)
+    inside = log_q.detach() > -300  # beyond, q is zero in float64
+    divergence = torch.trapezoid(torch.where(inside, log_q.exp() * f((log_p(grid) - log_q).exp()), 0.0), grid)
+    expected = torch.stack(torch.autograd.grad(divergence, (mean, deviation)))
+    own = log_q.detach()
+    score_p, score_q = scores(log_p, lambda x: log_normal(x, mean.detach(), deviation.detach()), grid)
+    h = constant * WEIGHTS[name]((log_p(grid) - own).exp())
+    z = (grid - mean.detach()) / deviation.detach()
+    pull = torch.where(inside, own.exp() * h * (score_q - score_p), 0.0)
+    close(torch.stack([torch.trapezoid(pull * d, grid) for d in (torch.ones_like(z), z)]), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("rkl", (2.0, 0.5)), ("js", (0.0, None)), ("kl", (0.0, 4.25**0.5))])
+def test_reverse_kl_takes_one_mode_and_others_cover_both(name, expected):
+    """A Gaussian student of modes at -2 and 2, with the exact ratio: it ends as one, or (kl) has their moments."""
+    modes = double(-2.0, 2.0)[:, None]
+    z = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(400, dtype=F64) + 0.5) / 400)
+    mean, log_s = double(1.0).requires_grad_(), double(0.0).requires_grad_()
+    optimizer = torch.optim.SGD([mean, log_s], lr=0.1)
+    for _ in range(400):
+        x = mean + log_s.exp() * z
+        y, s = x.detach(), log_s.detach().exp()
+        joint = math.log(0.5) + log_normal(y, modes, double(0.5))
+        score_p = ((joint.softmax(0) * modes).sum(0) - y) / 0.25
+        ratio = (joint.logsumexp(0) - log_normal(y, mean.detach(), s)).exp()
+        optimizer.zero_grad()
+        inject(x, divergence_weight(name, ratio) * ((mean.detach() - y) / s**2 - score_p)).backward()
+        optimizer.step()
+    assert mean.item() == pytest.approx(expected[0], abs=0.05)
+    if expected[1] is not None:
+        assert log_s.exp().item() == pytest.approx(expected[1], abs=0.05)
+    else:
+        assert log_s.exp().item() > 1
 
 
 # ---------------------------------------------------------------- bins of time
