@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from kd_diffusion import runs
 from kd_diffusion.checkpoint_path import denoising_error, read_checkpoint, write_checkpoint
 from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.distillation import Networks
@@ -358,7 +359,7 @@ def test_the_path_of_adapters(tmp_path, tiny_unet_folder, tiny_text_folder, kind
     settings = config(folder, **SWIFTBRUSH, **{"teacher.null_class": null})
     _, host_config = disback.host_of(settings)
     found_pipe = open_pipeline(folder, null_class=null)
-    found = swiftbrush.networks_of(host_config, found_pipe, {}, None)
+    found = runs.adapter_networks(host_config, found_pipe, {}, None)
     network = found.fake.network
     plain = state(network)
     for index, scale in enumerate((0.0, 0.3, 0.6)):

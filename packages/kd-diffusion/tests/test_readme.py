@@ -20,7 +20,7 @@ def runs(tiny_unet_folder, tiny_text_folder, tmp_path, monkeypatch):
     for name, source in folders.items():
         shutil.copytree(source, tmp_path / "runs" / name / "student")
     bundle = tmp_path / "runs" / "msd-small-seed0" / "student"
-    write_bundle(bundle, split_classes(10, 2), {k: tiny_unet_folder for k in range(2)})
+    write_bundle(bundle, split_classes(10, 2), dict.fromkeys(range(2), tiny_unet_folder))
     monkeypatch.chdir(tmp_path)
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from kd_diffusion import negation
+from kd_diffusion import negation, runs
 from kd_diffusion.engine.denoiser import guide
 from kd_diffusion.engine.score import noise_weight
 from kd_diffusion.integrations.nasa import NasaAttnProcessor, nasa
@@ -43,7 +43,7 @@ def distiller_of(folder, module=snoopi, *, spread=True, seed=0, **args):
     config = run_config(folder, module.METHOD, method_args=args)
     opened = open_pipeline(folder)
     opened.network.double()
-    networks = swiftbrush.networks_of(config, opened, {}, None)
+    networks = runs.adapter_networks(config, opened, {}, None)
     networks.generator.double()
     networks.fake.double()
     generator = torch.Generator().manual_seed(seed)

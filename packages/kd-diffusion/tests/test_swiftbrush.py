@@ -13,8 +13,8 @@ from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.score import inject
 from kd_diffusion.integrations.conditioners import ClassConditioner, NoConditioner
 from kd_diffusion.integrations.pipelines import open_pipeline
-from kd_diffusion.methods.swiftbrush import METHOD, SwiftBrush, SwiftBrushConfig, build, networks_of
-from kd_diffusion.runs import Sampling, save_pipeline
+from kd_diffusion.methods.swiftbrush import METHOD, SwiftBrush, SwiftBrushConfig, build
+from kd_diffusion.runs import Sampling, adapter_networks, save_pipeline
 from kdcore.config import parse
 from kdcore.errors import InputError
 from kdcore.method import load_config
@@ -191,7 +191,7 @@ def text_distiller(folder, *, double=False, **args):
     opened = open_pipeline(folder)
     if double:
         opened.network.double()
-    networks = networks_of(config, opened, {}, None)
+    networks = adapter_networks(config, opened, {}, None)
     if double:
         for denoiser in (networks.generator, networks.fake):
             denoiser.double()

@@ -11,10 +11,10 @@ from kd_diffusion.data import DataConfig, load_data
 from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.process import EDM, VP, Flow, add_noise, process_of
+from kd_diffusion.integrations.points import MixtureNetwork, PointMLP
 from kd_diffusion.worlds import WorldConfig, stages, text, vae, world_stages
 from kd_diffusion.worlds.digits import build_digits_unet, consistency_pipeline
 from kd_diffusion.worlds.mixture import GaussianMixture, MixtureConfig, flat, spatial
-from kd_diffusion.worlds.networks import MixtureNetwork, PointMLP
 from kdcore.config import RunConfig, TrainConfig, parse
 from kdcore.errors import InputError
 from kdcore.stages import RunContext, run_stages

@@ -21,7 +21,7 @@ from kd_diffusion import __version__
 from kd_diffusion import evaluation as ev
 from kd_diffusion.data import Data, DataConfig, Samples, load_data, loader
 from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller
-from kd_diffusion.engine.lora import LoRAConfig, add_lora
+from kd_diffusion.engine.lora import LoRAConfig, add_lora, shared_views
 from kd_diffusion.engine.process import EDM
 from kd_diffusion.engine.rollout import Renoise, Start
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student
@@ -162,6 +162,16 @@ def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data)
     )
     if config.student.lora is not None:
         add_lora(networks.generator.network, config.student.lora, field="student.lora")
+    return networks
+
+
+def adapter_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data) -> Networks:
+    """Teacher, fake and generator; the adapted teacher shares the teacher's weights."""
+    networks = make_networks(config, opened, artefacts, data)
+    if config.method_args.fake == "lora":
+        networks.teacher, networks.fake = shared_views(
+            opened.denoiser, config.method_args.lora, field="method_args.lora"
+        )
     return networks
 
 

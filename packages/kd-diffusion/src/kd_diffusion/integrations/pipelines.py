@@ -106,7 +106,7 @@ def open_pipeline(
     from diffusers import DiffusionPipeline
 
     import kd_diffusion.integrations.experts  # a folder may name its class
-    import kd_diffusion.worlds.networks  # noqa: F401 - the same
+    import kd_diffusion.integrations.points  # noqa: F401 - the same
 
     local = Path(name).exists()
     try:

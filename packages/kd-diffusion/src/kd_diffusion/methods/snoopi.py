@@ -30,8 +30,8 @@ from kd_diffusion import runs as base
 from kd_diffusion.engine.conditions import Condition, take
 from kd_diffusion.engine.distillation import Networks, Sample
 from kd_diffusion.engine.draws import Turn
+from kd_diffusion.engine.variational import VariationalArgs, VariationalDistiller
 from kd_diffusion.integrations.nasa import nasa
-from kd_diffusion.methods.swiftbrush import SwiftBrush, SwiftBrushConfig, networks_of
 from kd_diffusion.negation import NegationConfig
 from kd_diffusion.negation import evaluate as negation_metrics
 from kdcore.config import Config, EMAConfig
@@ -66,7 +66,7 @@ class NegativesConfig(Config):
         return self
 
 
-class SnoopiConfig(SwiftBrushConfig):
+class SnoopiConfig(VariationalArgs):
     random: Literal["both", "teacher", "fake", "none"] = Field(
         "both", description="whose guidance scale is drawn; the others' is guidance_scale"
     )
@@ -91,7 +91,7 @@ class SnoopiConfig(SwiftBrushConfig):
         return self
 
 
-class Snoopi(SwiftBrush):
+class Snoopi(VariationalDistiller):
     """SwiftBrush with drawn guidance scales, and where asked for CLIP and NASA in training."""
 
     args: SnoopiConfig
@@ -243,5 +243,5 @@ def evaluate(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
     return {**_STAGES.evaluate(config, artefacts), **negation_metrics(config, artefacts, config.method_args.negation)}
 
 
-_STAGES = base.score_method("snoopi", __doc__ or "", SnoopiConfig, build, networks=networks_of)
+_STAGES = base.score_method("snoopi", __doc__ or "", SnoopiConfig, build, networks=base.adapter_networks)
 METHOD = dataclasses.replace(_STAGES, evaluate=evaluate)

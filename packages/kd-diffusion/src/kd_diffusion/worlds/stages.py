@@ -182,7 +182,7 @@ def _mixture_stages(config: WorldConfig, data: Data, seed: int) -> list[Stage]:
     assert mixture is not None
 
     def write(context: RunContext) -> Artefacts:
-        from kd_diffusion.worlds.networks import MixtureNetwork
+        from kd_diffusion.integrations.points import MixtureNetwork
 
         network = MixtureNetwork(**mixture.config_arguments())
         if context.is_main:
@@ -191,7 +191,7 @@ def _mixture_stages(config: WorldConfig, data: Data, seed: int) -> list[Stage]:
         return {"teacher": context.folder / "teacher"}
 
     def build(context: RunContext) -> tuple[Any, DenoisingDistiller, Samples]:
-        from kd_diffusion.worlds.networks import PointMLP
+        from kd_diffusion.integrations.points import PointMLP
 
         pipe = digits.consistency_pipeline(vae.created(PointMLP, config.network, "world.network"))
         distiller = DenoisingDistiller(denoiser(pipe.unet, pipe), condition=lambda batch: {}, seed=seed)

@@ -3,7 +3,7 @@
 Both predict F of EDM's preconditioning (Karras et al., arXiv 2206.00364): the input is c_in x_t, the time 250 ln s, and
 x0 = c_skip x_t + c_out F. So a stock ConsistencyModelPipeline samples from them. A pipeline folder names the module of
 a component's class, and diffusers resolves it only where the module has been imported: `import
-kd_diffusion.worlds.networks` before `DiffusionPipeline.from_pretrained`.
+kd_diffusion.integrations.points` before `DiffusionPipeline.from_pretrained`.
 """
 
 from __future__ import annotations
