@@ -533,6 +533,15 @@ def test_students_are_runs_of_their_own(tmp_path, tiny_unet_folder):
     assert not (tmp_path / "one" / "student" / "student_0").exists()
     assert {"student/frechet", "student_1/frechet"} <= metrics.keys()
     assert "student_0/frechet" not in metrics
+    _, loaded, artefacts = run.load_run(tmp_path / "one")
+    assert {int(row["caption"]) for row in METHOD.predict(loaded, artefacts, 6)} <= {5, 6, 7, 8, 9}
+    _, loaded, artefacts = run.load_run(tmp_path / "both")
+    rows = METHOD.predict(loaded, artefacts, 4)
+    assert [int(row["caption"]) < 5 for row in rows] == [True, True, False, False]
+    assert len({tuple(row["images"]) for row in rows}) == 1
+    assert "step 3" in rows[0]["images"]
+    for row in rows:  # the last snapshot is what the saved student draws
+        assert abs(row["images"]["step 3"].astype(int) - row["images"]["student"]).max() <= 1
     first, second = (weights(tmp_path / "both" / f"student_{k}") for k in range(2))
     assert equal(second, weights(tmp_path / "one" / "student_1"))
     assert not equal(first, second)
@@ -727,11 +736,11 @@ def test_the_papers_settings_train_on_another_pipeline(tmp_path, tiny_unet_folde
     from PIL import Image
 
     by_class = name == "paper"
-    for subject in range(8):
-        (tmp_path / "images" / chr(97 + subject) * 2).mkdir(parents=True)
+    for subject in ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen"):
+        folder = tmp_path / "images" / subject
+        folder.mkdir(parents=True)
         for index in range(6):
-            picture = Image.new("L", (16, 16), 40 * index + subject)
-            picture.save(tmp_path / "images" / chr(97 + subject) * 2 / f"{index}.png")
+            Image.new("L", (16, 16), 40 * index).save(folder / f"{index}.png")
     changes = {
         "teacher.pretrained": str(tiny_unet_folder if by_class else tiny_text_folder),
         "teacher.dtype": "fp32",

@@ -74,9 +74,11 @@ def served(
     return part.subset(np.flatnonzero(torch.isin(places, torch.tensor(list(students))).numpy()))
 
 
-def part_of(opened: Opened, data: Data, router: Router, k: int, device: torch.device | str = "cpu") -> Data:
-    """The data whose conditions belong to student k."""
-    parts = {name: served(opened, getattr(data, name), router, [k], device) for name in ("train", "held_out")}
+def part_of(
+    opened: Opened, data: Data, router: Router, students: Sequence[int], device: torch.device | str = "cpu"
+) -> Data:
+    """The data whose conditions these students serve."""
+    parts = {name: served(opened, getattr(data, name), router, students, device) for name in ("train", "held_out")}
     return dataclasses.replace(data, **parts)
 
 

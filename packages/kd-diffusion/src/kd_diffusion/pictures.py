@@ -24,18 +24,26 @@ Row = dict[str, Any]
 
 
 def comparison(
-    config: Any, artefacts: dict[str, Path], count: int, *, student: Callable[[Opened], ev.Generate]
+    config: Any,
+    artefacts: dict[str, Path],
+    count: int,
+    *,
+    student: Callable[[Opened], ev.Generate],
+    data: Data | None = None,
+    stage: str | None = None,
 ) -> list[Row]:
     """Rows `{"caption": what was asked for, "images": {column: uint8 array}}` for the report.
 
     Columns: the predictions along the teacher's path, its last one, the student's snapshots and the student; all
-    from the same noise. Points are drawn as one picture of their density each. `student(teacher)` gives the sampler.
+    from the same noise. Points are drawn as one picture of their density each. `student(teacher)` gives the sampler;
+    `data` replaces the run's where the student cannot serve all of it, and `stage` names the one stage whose snapshots
+    were asked for the same.
     """
     from kd_diffusion.runs import open_teacher
 
-    data = load_data(config.data, config.seed)
+    data = data or load_data(config.data, config.seed)
     teacher = open_teacher(config, artefacts, data)
-    snapshots = _snapshots(artefacts["student"].parent / "snapshots")
+    snapshots = _snapshots(artefacts["student"].parent / "snapshots", stage)
     kappa = config.method_args.guidance_scale
     if data.mixture is not None:
         return [_points_row(teacher, student(teacher), data)]
@@ -101,14 +109,15 @@ def _points_row(teacher: Opened, student: ev.Generate, data: Data) -> Row:
     return {"caption": f"{POINTS} points", "images": images}
 
 
-def _snapshots(folder: Path) -> dict[str, Tensor]:
-    """Column name -> pixels (8, C, H, W), of the first, the last and some snapshots between."""
+def _snapshots(folder: Path, stage: str | None = None) -> dict[str, Tensor]:
+    """Column name -> pixels (8, C, H, W), of the first, the last and some snapshots between; of one stage or of all."""
     files = sorted(folder.glob("*.npy")) if folder.is_dir() else []
+    files = [file for file in files if stage in (None, file.stem.rpartition("-")[0])]
     chosen = sorted({round(k * (len(files) - 1) / (SNAPSHOTS - 1)) for k in range(SNAPSHOTS)}) if files else []
     found = {}
     for index in chosen:
-        stage, _, step = files[index].stem.rpartition("-")
-        name = f"step {int(step)}" if stage == "student" else f"{stage}, step {int(step)}"
+        own, _, step = files[index].stem.rpartition("-")
+        name = f"step {int(step)}" if own in ("student", stage) else f"{own}, step {int(step)}"
         found[name] = torch.from_numpy(np.load(files[index], allow_pickle=False))
     return found
 

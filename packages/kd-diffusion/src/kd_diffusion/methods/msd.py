@@ -17,7 +17,6 @@ partition, `integrations.routed.join_bundles` puts their students together).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +39,7 @@ from kd_diffusion.engine.rollout import start_noise
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline
 from kd_diffusion.integrations.routed import Router, write_bundle
 from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, read_pairs, write_pairs
-from kd_diffusion.partition import by_prompt, class_router, part_of, prompt_router, served
+from kd_diffusion.partition import by_prompt, class_router, part_of, prompt_router
 from kd_diffusion.runs import DiffusionRun
 from kdcore.config import TrainConfig
 from kdcore.data import mix
@@ -144,12 +143,15 @@ def stages(config: Run, context: RunContext) -> list[Stage]:
     for k in args.chosen:
         if args.adm is not None:
             plan.append(_student_stage(config, data, k, name=f"dm-{k}", artefact=f"dm_{k}"))
-        # One student alone is the host method's run, seeds included.
-        name = "student" if args.students == 1 else f"student-{k}"
         start = None if args.adm is None else f"dm_{k}"
-        plan.append(_student_stage(config, data, k, name=name, artefact=f"student_{k}", start=start))
+        plan.append(_student_stage(config, data, k, name=student_name(args, k), artefact=f"student_{k}", start=start))
     plan.append(Procedure("bundle", _bundling(config)))
     return plan
+
+
+def student_name(args: MSDConfig, k: int) -> str:
+    """Name of a student's last stage; one student alone is the host method's run, seeds included."""
+    return "student" if args.students == 1 else f"student-{k}"
 
 
 def _check(config: Run, data: Data) -> None:
@@ -288,7 +290,7 @@ def _student_stage(
     def setup(context: RunContext) -> TrainSetup:
         opened = runs.open_teacher(config, context.artefacts, data)
         router = Router.load(context.artefacts["router"])
-        part = part_of(opened, data, router, k, context.accelerator.device)
+        part = part_of(opened, data, router, [k], context.accelerator.device)
         if budget.batch_size > len(part.train):
             raise InputError(f"train.batch_size = {budget.batch_size}: student {k} has {len(part.train)} samples")
         runs.check_data(opened, part, own)
@@ -391,14 +393,14 @@ def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
     args, data = config.method_args, load_data(config.data, config.seed)
     teacher, router = runs.open_teacher(config, artefacts, data), Router.load(artefacts["router"])
     function = routed_function(artefacts["student"], teacher)
-    asked = dataclasses.replace(data, held_out=served(teacher, data.held_out, router, args.chosen))
+    asked = part_of(teacher, data, router, args.chosen)
     result = runs.evaluate(config, artefacts, data=asked, student=lambda teacher: function)
     first = open_pipeline(artefacts[f"student_{args.chosen[0]}"])
     result["student/parameters"] = sum(p.numel() for p in first.network.parameters())
     result["students"] = len(args.chosen)
     if args.students > 1 and "features" in artefacts:
         for k in args.chosen:
-            part = dataclasses.replace(data, held_out=served(teacher, data.held_out, router, [k]))
+            part = part_of(teacher, data, router, [k])
             wanted = ev.requests(teacher, part.held_out, max(1, config.evaluation.samples // len(args.chosen)))
             options = {"seed": config.seed, "batch_size": config.evaluation.batch_size}
             pixels = ev.generate(teacher, wanted, function, **options)
@@ -408,9 +410,17 @@ def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
 
 
 def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
+    """Some rows of each student, for conditions of its own."""
     from kd_diffusion.pictures import comparison
 
-    return comparison(config, artefacts, count, student=lambda teacher: routed_function(artefacts["student"], teacher))
+    args, data = config.method_args, load_data(config.data, config.seed)
+    teacher, router = runs.open_teacher(config, artefacts, data), Router.load(artefacts["router"])
+    function, rows = routed_function(artefacts["student"], teacher), []
+    for k in args.chosen:
+        asked, share = part_of(teacher, data, router, [k]), -(-count // len(args.chosen))
+        options = {"data": asked, "stage": student_name(args, k)}
+        rows += comparison(config, artefacts, share, student=lambda teacher: function, **options)
+    return rows
 
 
 METHOD = Method("msd", __doc__ or "", DiffusionRun[MSDConfig], stages, evaluate, predict)
