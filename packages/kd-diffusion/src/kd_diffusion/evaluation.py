@@ -126,7 +126,7 @@ def teacher_function(opened: Opened, steps: int, kappa: float = 1.0) -> Generate
 
 @torch.no_grad()
 def trajectory(
-    opened: Opened, condition: Condition, z: Tensor, indices: Sequence[int], kappa: float = 1.0
+    opened: Opened, condition: Condition, z: Tensor, indices: Sequence[float], kappa: float = 1.0
 ) -> list[Tensor]:
     """The predictions of x along the teacher's deterministic path from z ~ N(0, I), one a level."""
     process, denoiser = opened.process, opened.denoiser.eval()

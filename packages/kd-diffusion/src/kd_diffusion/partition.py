@@ -30,7 +30,7 @@ def by_prompt(opened: Opened) -> bool:
 
 def class_router(num_classes: int, count: int, *, shuffled: bool, seed: int) -> Router:
     """Consecutive classes, or classes in random order."""
-    order = np.random.default_rng([seed, 41]).permutation(num_classes)
+    order = np.random.default_rng([seed, 41]).permutation(num_classes).tolist()
     return split_classes(num_classes, count, order if shuffled else None)
 
 

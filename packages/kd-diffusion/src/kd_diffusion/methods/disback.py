@@ -405,4 +405,4 @@ def predict(config: Any, artefacts: Artefacts, count: int) -> list[dict[str, Any
     return recipe.predict(host_config, artefacts, count)
 
 
-METHOD = Method("disback", __doc__ or "", DiffusionRun[DisBackConfig], stages, evaluate, predict)
+METHOD = Method("disback", __doc__ or "", DiffusionRun[DisBackConfig], stages, evaluate, predict)  # type: ignore[type-var]

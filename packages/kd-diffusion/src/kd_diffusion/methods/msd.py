@@ -257,15 +257,19 @@ def _tsm_stage(config: Run, data: Data) -> TrainStage:
         budget = config.model_copy(update={"train": args.tsm})
         return TrainSetup(distiller, runs.make_loader(budget, opened, data))
 
-    return TrainStage("tsm", args.tsm, setup, lambda network, folder: network.save_pretrained(folder), "small")
+    return TrainStage("tsm", args.tsm, setup, _save_network, "small")
 
 
-def small_network(opened: Opened, args: MSDConfig) -> nn.Module:
+def _save_network(network: Any, folder: Path) -> None:
+    network.save_pretrained(folder)
+
+
+def small_network(opened: Opened, args: MSDConfig) -> Any:
     """A fresh network of the teacher's class with `student_network` over its config. Nothing of the teacher's weights
     is taken: names that happen to fit would hold layers of another width or place."""
     from kd_diffusion.worlds.vae import created
 
-    network = opened.network
+    network: Any = opened.network
     known = {name: value for name, value in network.config.items() if not name.startswith("_")}
     made = created(type(network), {**known, **args.student_network}, "method_args.student_network")
     sizes = [sum(p.numel() for p in module.parameters()) for module in (made, network)]
@@ -316,7 +320,7 @@ def _student_stage(
 def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data, start: str | None) -> Networks:
     """As the host method's; the generator anew where it is smaller, both of what trains from `start` in ADM."""
     args, networks = config.method_args, runs.make_networks(config, opened, artefacts, data)
-    own_class = type(opened.network)
+    own_class: Any = type(opened.network)
     if start is not None:
         fake = own_class.from_pretrained(artefacts[start] / "fake", use_safetensors=True)
         networks.fake = opened.denoiser_for(runs.trainable(fake))
