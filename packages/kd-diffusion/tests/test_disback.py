@@ -406,9 +406,10 @@ def test_hosts_and_their_default_arguments(host):
 
 
 def test_without_a_path_a_run_is_the_hosts(tmp_path, tiny_unet_folder):
-    host = config(tiny_unet_folder, dmd2.METHOD, method_args={"gan": None, "fake_updates": 2})
+    arguments = {"gan": None, "fake_updates": 2}
+    host = config(tiny_unet_folder, dmd2.METHOD, **{"method_args": arguments, "data.held_out": 0.0})
     run.train(dmd2.METHOD, host, tmp_path / "host", quiet=True, cpu=True)
-    args = {"method_args.path_length": 0, "method_args.host_args": {"gan": None, "fake_updates": 2}}
+    args = {"method_args.path_length": 0, "method_args.host_args": arguments, "data.held_out": 0.0}
     metrics = run.train(METHOD, config(tiny_unet_folder, **args), tmp_path / "own", quiet=True, cpu=True)
     assert equal(weights(tmp_path / "host" / "student"), weights(tmp_path / "own" / "student"))
     assert not equal(weights(tmp_path / "host" / "student"), weights(tiny_unet_folder))
@@ -428,7 +429,7 @@ def short_run(tmp_path_factory, tiny_unet_folder):
     before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in tiny_unet_folder.rglob("*.safetensors")}
     patch = pytest.MonkeyPatch()
     patch.setattr(Backtracking, "__init__", watched)
-    changes = {"train.checkpoint_every": 3, "train.ema": {"decay": 0.9}}
+    changes = {"train.checkpoint_every": 3, "train.ema": {"decay": 0.9}, "data.held_out": 0.0}
     settings = config(tiny_unet_folder, **SHORT, **changes)
     metrics = run.train(METHOD, settings, folder, quiet=True, cpu=True)
     patch.undo()
@@ -486,7 +487,8 @@ def test_the_student_samples_in_stock_diffusers(short_run):
 @pytest.mark.parametrize("stage", ["record", "student"])
 def test_a_resumed_run_has_its_pointer_and_its_path(tmp_path, tiny_unet_folder, short_run, monkeypatch, stage):
     """Cut in the middle of a segment, then resumed: the same weights as in one go."""
-    changes = {"train.checkpoint_every": 2 if stage == "record" else 3, "train.ema": {"decay": 0.9}}
+    every = 2 if stage == "record" else 3
+    changes = {"train.checkpoint_every": every, "train.ema": {"decay": 0.9}, "data.held_out": 0.0}
     settings = config(tiny_unet_folder, **SHORT, **changes)
     kind, last = (Recording, 2) if stage == "record" else (Backtracking, 3)
     loss = kind.loss

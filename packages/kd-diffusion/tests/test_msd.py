@@ -584,8 +584,9 @@ def test_every_condition_of_a_students_batches_is_its_own(tmp_path, tiny_unet_fo
             "method_args.students": 2,
             "method_args.only": [1],
             "method_args.fake_updates": 1,
-            "method_args.regression": {"distance": "features", "pairs": 20, "teacher_steps": 1},
+            "method_args.regression": {"distance": "l2", "pairs": 20, "teacher_steps": 1},
             "train.steps": 4,
+            "data.held_out": 0.0,  # no metrics, so no network for their features
         },
     )
     run.train(METHOD, settings, tmp_path / "run", quiet=True, cpu=True)
@@ -635,7 +636,8 @@ def test_adm_starts_where_dm_ended_on_other_noise(tmp_path, tiny_unet_folder, mo
 
     monkeypatch.setattr(MSD, "__init__", watched)
     adm = {"steps": 1, "batch_size": 8, "optimizer": {"name": "adam", "lr": 1e-3}}
-    settings = config(tiny_unet_folder, **{"method_args.students": 1, "method_args.adm": adm})
+    changes = {"method_args.students": 1, "method_args.adm": adm, "data.held_out": 0.0}
+    settings = config(tiny_unet_folder, **changes)
     run.train(METHOD, settings, tmp_path / "run", quiet=True, cpu=True)
     assert [gan for gan, *_ in starts] == [False, True]
     assert equal(starts[1][1], weights(tmp_path / "run" / "dm_0"))
