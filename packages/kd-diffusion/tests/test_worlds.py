@@ -363,8 +363,24 @@ def test_latents_have_unit_deviation(large_digits):
     vae.fit_scale(autoencoder, pixels)
     vae.fit_scale(autoencoder, pixels)  # does not build on the scale that is there
     latents = vae.encode(autoencoder, pixels)
-    assert latents.shape == (300, 4, 8, 8)
+    assert latents.shape == (300, 1, 8, 8)
     assert float(latents.std()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_autoencoder_keeps_the_attributes_that_prompts_speak_of(large_digits, tmp_path):
+    from diffusers import AutoencoderKL
+
+    from kd_diffusion.attributes import attributes
+
+    stage = world_stages(parse(WorldConfig, {"name": "digits_text"}), large_digits, 0)[0]
+    autoencoder = AutoencoderKL.from_pretrained(stage.run(context_in(tmp_path))["vae"])
+    pixels, labels = large_digits.held_out.pixels, large_digits.held_out.labels
+    with torch.no_grad():
+        decoded = autoencoder.decode(vae.encode(autoencoder, pixels) / autoencoder.config.scaling_factor).sample
+    before, after = (attributes(images, labels, large_digits.rule) for images in (pixels, decoded.clamp(-1, 1)))
+    assert float((before.weight == after.weight).double().mean()) > 0.9
+    assert float((before.tilt == after.tilt).double().mean()) > 0.9
 
 
 def test_a_partial_budget_keeps_the_other_defaults():

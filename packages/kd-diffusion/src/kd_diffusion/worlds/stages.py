@@ -46,12 +46,12 @@ def _budget(steps: int, batch_size: int, lr: float, ema: float | None = 0.995) -
     }
 
 
-VAE_BUDGET = _budget(500, 32, 4e-3, None)
+VAE_BUDGET = _budget(400, 32, 4e-3, None)
 BUDGETS = {
     "digits_unet": _budget(1000, 32, 3e-3),
     "digits_dit": _budget(1500, 64, 2e-3),
     "digits_flow": _budget(1500, 64, 2e-3),
-    "digits_text": _budget(1200, 32, 3e-3),
+    "digits_text": _budget(1500, 32, 3e-3),
     "mixture": _budget(2000, 256, 2e-3),
 }
 
@@ -64,7 +64,7 @@ class WorldConfig(Config):
     network: dict[str, Any] = Field(default_factory=dict, description="arguments of the network's diffusers class")
     vae: dict[str, Any] = Field(default_factory=dict, description="arguments of AutoencoderKL")
     text_encoder: dict[str, Any] = Field(default_factory=dict, description="arguments of transformers' CLIPTextConfig")
-    prompt_length: int = Field(16, ge=4, description="tokens of a prompt, with start and end")
+    prompt_length: int = Field(12, ge=4, description="tokens of a prompt, with start and end")
     drop: float = Field(0.1, ge=0, lt=1, description="probability that a sample's condition is left out in training")
     train: TrainConfig = Field(description="training of the teacher's network; of the mixture's start network")
     vae_train: TrainConfig = Field(description="training of the autoencoder")

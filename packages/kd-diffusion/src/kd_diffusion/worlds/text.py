@@ -73,7 +73,7 @@ def build_digits_text(
     network: Mapping[str, Any] | None = None,
     text_encoder: Mapping[str, Any] | None = None,
     *,
-    length: int = 16,
+    length: int = 12,
 ) -> Any:
     """StableDiffusionPipeline with a random text encoder and U-Net, on the latents of `vae`.
 
@@ -89,7 +89,7 @@ def build_digits_text(
     text = {
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "projection_dim": 64,
         **(text_encoder or {}),
@@ -109,7 +109,7 @@ def build_digits_text(
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         "block_out_channels": [16, 48],
         "layers_per_block": 1,
-        "norm_num_groups": 8,
+        "norm_num_groups": 2,
         "attention_head_dim": 2,
         "cross_attention_dim": text["hidden_size"],
         **(network or {}),
