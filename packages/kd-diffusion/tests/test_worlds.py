@@ -235,7 +235,7 @@ def test_denoising_takes_x_from_pixels_or_a_generator():
     given = DenoisingDistiller(denoiser).loss({"x": 2 * pixels}).total()
     encoded = DenoisingDistiller(denoiser, encode=lambda p: 2 * p).loss({"pixels": pixels}).total()
     made = DenoisingDistiller(denoiser, data=lambda batch, draw: 2 * pixels).loss({}).total()
-    assert float(given) == float(encoded) == float(made)
+    assert given.item() == encoded.item() == made.item()
     with pytest.raises(InputError, match="denoising needs images"):
         DenoisingDistiller(denoiser).loss({"input_ids": pixels})
 
