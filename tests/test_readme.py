@@ -65,8 +65,11 @@ def test_the_new_method_line_works(tmp_path):
     assert (tmp_path / "packages/kd-classification/src/kd_classification/methods/my_method.py").is_file()
 
 
+PACKAGES = ("packages/kd-classification/README.md", "packages/kd-diffusion/README.md")
+
+
 def test_links_lead_to_files():
-    for name in ("README.md", "CONTRIBUTING.md", "shared/kdcore/README.md", "packages/kd-classification/README.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "shared/kdcore/README.md", *PACKAGES):
         folder = (ROOT / name).parent
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8")):
             assert target.startswith("https://") or (folder / target).exists(), f"{name}: {target}"

@@ -160,10 +160,12 @@ def test_the_papers_config_runs_on_another_pipeline_by_name(tiny_unet_folder, tm
             "train.num_workers=0",
             "train.batch_size=4",
             "train.steps=2",
+            "evaluation.features=classifier",
         ],
     )
     metrics = train(method, config, tmp_path / "run", quiet=True, cpu=True)
     assert metrics["student/nfe"] == 1
+    assert "student/frechet" in metrics
 
 
 def test_the_text_config_runs_on_another_pipeline_by_name(tiny_text_folder, tmp_path):
@@ -204,6 +206,11 @@ def test_the_text_config_runs_on_another_pipeline_by_name(tiny_text_folder, tmp_
         (["method_args.times={low: 9, high: 3}"], r"low = 9 must be below high = 3"),
         (["method_args.fake_update=3"], r"unknown key 'method_args\.fake_update'.*fake_updates"),
         (["teacher.world={name: digits_unet}"], r"give either pretrained or world"),
+        (["evaluation.features=inception"], r"evaluation\.features = 'inception': needs torch-fidelity"),
+        (
+            ["data.held_out=0", "evaluation.features=classifier"],
+            r"'classifier': needs labelled images, some of them held",
+        ),
         (["student.lora={targets: [nothing]}"], r"student\.lora\.targets = \['nothing'\]: no layer"),
     ],
 )

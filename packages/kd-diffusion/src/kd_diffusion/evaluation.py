@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from kd_diffusion.data import Data, Part
-from kd_diffusion.engine.conditions import Condition, take
+from kd_diffusion.engine.conditions import Condition
 from kd_diffusion.engine.draws import Draws, Turn
 from kd_diffusion.engine.rollout import Renoise, Start, euler_move, rollout, start_noise
 from kd_diffusion.engine.timesteps import levels
@@ -27,6 +27,11 @@ Generate = Callable[[Condition, Turn], Tensor]
 class EvaluationConfig(Config):
     samples: int = Field(1000, ge=1, description="generated samples that the metrics are computed on")
     batch_size: int = Field(250, ge=1, description="samples generated at once")
+    features: Literal["auto", "classifier", "inception", "none"] = Field(
+        "auto",
+        description="what samples are compared in: a classifier that is trained on the data, Inception (FID; needs the "
+        "extra fid), or nothing; auto: the classifier for labelled images in memory",
+    )
     teacher_steps: list[int] = Field(default_factory=lambda: [1, 2, 4, 50], description="steps of the teacher's rows")
     guidance_scale: float | None = Field(None, description="kappa of the teacher's rows; None: as in the training")
 
@@ -61,15 +66,25 @@ def requests(opened: Opened, part: Part, count: int) -> Requests:
     return Requests(batch, labels, prompts, count)
 
 
+def run_device() -> torch.device:
+    """The device of the run that goes on, else the machine's accelerator, else the CPU."""
+    from accelerate.state import PartialState
+
+    if PartialState._shared_state:
+        return PartialState().device
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 @torch.no_grad()
 def generate(opened: Opened, wanted: Requests, function: Generate, *, seed: int, batch_size: int) -> Tensor:
     """Pixels (N, C, H, W) in [-1, 1] of what is asked, the same noise for every function with the same seed."""
     draws, pixels = Draws(seed), []
-    device = next(opened.network.parameters()).device
-    condition = opened.conditioner.embed({name: value.to(device) for name, value in wanted.batch.items()})
+    device = opened.device
     for step, first in enumerate(range(0, wanted.count, batch_size)):
         part = slice(first, min(first + batch_size, wanted.count))
-        x = function(take(condition, part) if condition else {}, _Sized(draws.at("evaluate", step, 0, device), part))
+        condition = opened.conditioner.embed({name: value[part].to(device) for name, value in wanted.batch.items()})
+        x = function(condition, _Sized(draws.at("evaluate", step, 0, device), part))
         pixels.append(opened.space.decode(x).float().cpu())
     found = torch.cat(pixels)
     return found if opened.space.shape[1:] == (1, 1) else found.clamp(-1, 1)
@@ -145,13 +160,14 @@ def trajectory(
 
 
 def measure(data: Data, features: Path | None, pixels: Tensor, wanted: Requests, *, seed: int = 0) -> dict[str, float]:
-    """Metrics of generated samples against the held-out ones: in features of a classifier of the data; for points the
-    energy distance and the coverage of the modes."""
+    """Metrics of generated samples against the held-out ones: in features of a classifier of the data, or without one
+    the FID; for points the energy distance and the coverage of the modes."""
     if data.mixture is not None:
         return _point_metrics(data, pixels, wanted.count, seed)
-    from kd_diffusion.metrics import generation_metrics, load_features
+    from kd_diffusion.metrics import generation_metrics, load_features, torchmetrics_fid
 
-    assert features is not None
+    if features is None:
+        return {"fid": torchmetrics_fid(pixels, data.held_out.pixels)}
     reference = data.held_out.pixels
     net = load_features(features)
     if not wanted.by_text:

@@ -29,6 +29,7 @@ from kd_diffusion.engine.denoiser import guide
 from kd_diffusion.engine.draws import Draws
 from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.timesteps import levels
+from kd_diffusion.evaluation import run_device
 from kd_diffusion.integrations.nasa import nasa
 from kd_diffusion.integrations.pipelines import Opened
 from kd_diffusion.runs import Run, open_student, open_teacher
@@ -192,7 +193,7 @@ def evaluate(config: Run, artefacts: Artefacts, settings: NegationConfig) -> dic
     data = load_data(config.data, config.seed)
     if settings.samples == 0 or data.rule is None or "features" not in artefacts:
         return {}
-    teacher = open_teacher(config, artefacts, data)
+    teacher = open_teacher(config, artefacts, data).to(run_device())
     if not hasattr(teacher.conditioner, "tokens"):
         return {}
     own = open_student(config, artefacts["student"], teacher)

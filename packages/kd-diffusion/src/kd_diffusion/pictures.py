@@ -42,7 +42,7 @@ def comparison(
     from kd_diffusion.runs import open_teacher
 
     data = data or load_data(config.data, config.seed)
-    teacher = open_teacher(config, artefacts, data)
+    teacher = open_teacher(config, artefacts, data).to(ev.run_device())
     snapshots = _snapshots(artefacts["student"].parent / "snapshots", stage)
     kappa = config.method_args.guidance_scale
     if data.mixture is not None:

@@ -8,6 +8,7 @@ from `prepare`, `student_stage` and `evaluate`.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +91,26 @@ def prepare(config: Run, data: Data) -> list[Stage]:
     stages: list[Stage] = []
     if config.teacher.world is not None:
         stages += world_stages(config.teacher.world, data, config.seed)
-    if uses_features(data):
+    if uses_features(config, data):
         stages.append(features_stage(config, data))
     return stages
 
 
-def uses_features(data: Data) -> bool:
-    """Whether the metrics are computed in the features of a classifier of the data."""
-    return data.mixture is None and data.train.labels is not None and data.train.has_images and len(data.held_out) > 0
+def uses_features(config: Run, data: Data) -> bool:
+    """Whether the metrics are computed in the features of a classifier of the data. Raises InputError where the config
+    asks for what the data does not allow."""
+    wanted, images = config.evaluation.features, data.train.has_images and len(data.held_out) > 0
+    labelled = images and data.train.labels is not None and data.mixture is None
+    if wanted == "classifier" and not labelled:
+        raise InputError("evaluation.features = 'classifier': needs labelled images, some of them held out")
+    if wanted == "inception" and not images:
+        raise InputError("evaluation.features = 'inception': needs images, some of them held out")
+    return wanted == "classifier" or (wanted == "auto" and labelled and data.train.images is not None)
+
+
+def measures(config: Run, features: Path | None, data: Data) -> bool:
+    """Whether samples can be measured; else they are only timed, and a batch is enough."""
+    return features is not None or data.mixture is not None or config.evaluation.features == "inception"
 
 
 def features_stage(config: Run, data: Data) -> Stage:
@@ -288,6 +301,9 @@ def check_data(opened: Opened, data: Data, config: Run) -> None:
 def check(config: Run, data: Data) -> None:
     """What can be said before anything trains."""
     args = config.method_args
+    uses_features(config, data)  # says what is wrong with evaluation.features
+    if config.evaluation.features == "inception" and importlib.util.find_spec("torch_fidelity") is None:
+        raise InputError("evaluation.features = 'inception': needs torch-fidelity, pip install 'kd-diffusion[fid]'")
     if args.gan is not None and not data.train.has_images:
         raise InputError("method_args.gan: needs real samples, and the data has prompts alone; give gan: null")
     if config.teacher.pretrained is not None:
@@ -316,15 +332,17 @@ def evaluate(
     `student(opened)` replaces the usual sampler of the saved folder; it gets the opened teacher.
     """
     data = data or load_data(config.data, config.seed)
-    teacher = open_teacher(config, artefacts, data)
+    teacher = open_teacher(config, artefacts, data).to(ev.run_device())
     settings, features = config.evaluation, artefacts.get("features")
-    wanted = ev.requests(teacher, data.held_out if len(data.held_out) else data.train, settings.samples)
+    measured = measures(config, features, data)
+    count = settings.samples if measured else min(settings.samples, settings.batch_size)
+    wanted = ev.requests(teacher, data.held_out if len(data.held_out) else data.train, count)
     steps = steps or config.method_args.steps
     result: dict[str, Any] = {}
 
     def row(name: str, opened: Opened, function: ev.Generate, nfe: float) -> None:
         pixels, seconds = ev.timed_generate(opened, wanted, function, seed=config.seed, batch_size=settings.batch_size)
-        if features is not None or data.mixture is not None:
+        if measured:
             result.update(ev.prefixed(name, ev.measure(data, features, pixels, wanted, seed=config.seed)))
         result.update({f"{name}/nfe": nfe, f"{name}/seconds_per_sample": seconds})
 
@@ -354,7 +372,7 @@ def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
     """A saved student behind the teacher's conditioner."""
     own = open_pipeline(folder, field="student", size=config.teacher.size)
     own.conditioner = teacher.conditioner
-    return own
+    return own.to(teacher.device)
 
 
 @dataclass(frozen=True)

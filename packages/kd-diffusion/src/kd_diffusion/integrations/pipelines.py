@@ -81,6 +81,17 @@ class Opened:
     def process(self) -> Process:
         return self.denoiser.process
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> Opened:
+        """Moves the network, the text side and the autoencoder; returns itself."""
+        for part in (self.denoiser, self.conditioner, self.space):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
     def denoiser_for(self, network: nn.Module) -> Denoiser:
         """Another network behind this pipeline's noise process and prediction type."""
         return Denoiser(network, self.denoiser.process, self.denoiser.prediction_type)

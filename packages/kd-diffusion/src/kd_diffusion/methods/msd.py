@@ -163,7 +163,7 @@ def _check(config: Run, data: Data) -> None:
             raise InputError(f"student.{field}: with method_args.student_network the students are built anew")
     if args.tsm is not None and not data.train.has_images:
         raise InputError("method_args.tsm: needs real samples, and the data has prompts alone; give tsm: null")
-    if args.regression is not None and args.regression.distance == "features" and not runs.uses_features(data):
+    if args.regression is not None and args.regression.distance == "features" and not runs.uses_features(config, data):
         raise InputError("method_args.regression.distance = 'features': the data has no classifier; give l2 or lpips")
     if args.router is not None and Router.load(args.router, field="method_args.router").count != args.students:
         raise InputError(f"method_args.router = '{args.router}': does not divide among {args.students} students")

@@ -44,7 +44,7 @@ from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.score import dmd_weight, edm_weight, min_snr_plus_one, sid_loss, sid_normaliser
 from kd_diffusion.engine.timesteps import TimesConfig, levels, sample_times
 from kd_diffusion.integrations.pipelines import Opened
-from kd_diffusion.runs import Run, Sampling, evaluate, open_student, open_teacher, score_method
+from kd_diffusion.runs import Run, Sampling, evaluate, measures, open_student, open_teacher, score_method
 from kdcore.config import EMAConfig
 from kdcore.distiller import LossTerms, Player
 from kdcore.losses import non_saturating_discriminator, non_saturating_generator
@@ -264,9 +264,9 @@ def evaluated(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
     data = load_data(config.data, config.seed)
     result = evaluate(config, artefacts, data=data, sampling=SAMPLING)
     features, settings = artefacts.get("features"), config.evaluation
-    if config.method_args.steps == 1 or (features is None and data.mixture is None):
+    if config.method_args.steps == 1 or not measures(config, features, data):
         return result
-    teacher = open_teacher(config, artefacts, data)
+    teacher = open_teacher(config, artefacts, data).to(ev.run_device())
     student = open_student(config, artefacts["student"], teacher)
     wanted = ev.requests(teacher, data.held_out if len(data.held_out) else data.train, settings.samples)
     for step in range(1, config.method_args.steps):
