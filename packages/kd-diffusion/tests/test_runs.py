@@ -176,8 +176,7 @@ def test_the_text_config_runs_on_another_pipeline_by_name(tiny_text_folder, tmp_
     method, config = load_config(
         "dmd2/paper-sd15",
         [
-            f"teacher.pretrained={tiny_text_folder}",
-            "teacher.dtype=fp32",
+            f"teacher.pretrained={tiny_text_folder}",  # in bfloat16, as the config has it
             f"data.root={prompts}",
             "data.held_out=0.0",
             "train.precision=fp32",

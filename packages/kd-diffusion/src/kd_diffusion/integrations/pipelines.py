@@ -211,10 +211,25 @@ def save_student(
             save_lora(opened, expert, folder / "lora" / (f"expert_{number}" if boundaries else ""))
     pipe = place(opened.pipe, opened.slot, joined([merged(n) if has_lora(n) else n for n in networks], boundaries))
     pipe.register_modules(scheduler=scheduler)
-    with no_progress_bars():
+    with no_progress_bars(), in_one_dtype(pipe):
         pipe.save_pretrained(folder, safe_serialization=True)
     if extra:
         (folder / "kd.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def in_one_dtype(pipe: Any) -> Iterator[None]:
+    """Inside the block every network of the pipeline is in float32, as the student is: transformers loads what a folder
+    holds, diffusers float32, and a bfloat16 text encoder before a float32 U-Net could not sample."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    before = [next((p.dtype for p in module.parameters()), torch.float32) for module in modules]
+    try:
+        for module in modules:
+            module.float()
+        yield
+    finally:
+        for module, dtype in zip(modules, before, strict=True):
+            module.to(dtype)
 
 
 def has_lora(network: nn.Module) -> bool:
