@@ -21,7 +21,7 @@ from kd_classification.data import Data, DataConfig, Images, load_data
 from kd_classification.engine.classifier import ClassifierDistiller, Supervised
 from kd_classification.models import ModelConfig, adapted, create_model, load_model, save_model
 from kd_classification.transforms import make_mixup
-from kdcore.config import MethodConfig, RunConfig, TrainConfig
+from kdcore.config import MethodConfig, MethodRunConfig, TrainConfig
 from kdcore.errors import InputError, did_you_mean
 from kdcore.method import Method
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
@@ -41,20 +41,12 @@ class TeacherConfig(ModelConfig):
         return self
 
 
-class ClassificationRun(RunConfig, Generic[A]):
+class ClassificationRun(MethodRunConfig[A], Generic[A]):
     """The config of a run: two networks, the data, the method's arguments and the budget."""
 
     teacher: TeacherConfig
     student: ModelConfig
     data: DataConfig = Field(default_factory=DataConfig)
-    method_args: A
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_arguments(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method_args") is None:
-            return {**values, "method_args": {}}
-        return values
 
 
 Run = ClassificationRun[Any]

@@ -28,7 +28,7 @@ from kd_diffusion.engine.rollout import Renoise, Start
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student
 from kd_diffusion.snapshots import Snapshots
 from kd_diffusion.worlds import WorldConfig, world_stages
-from kdcore.config import Config, RunConfig, TrainConfig
+from kdcore.config import Config, MethodRunConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method, get
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
@@ -61,21 +61,13 @@ class StudentConfig(Config):
     lora: LoRAConfig | None = Field(None, description="train adapters alone; None: all weights")
 
 
-class DiffusionRun(RunConfig, Generic[A]):
+class DiffusionRun(MethodRunConfig[A], Generic[A]):
     """The config of a run."""
 
     teacher: TeacherConfig
     student: StudentConfig = Field(default_factory=lambda: StudentConfig.model_validate({}))
     data: DataConfig = Field(default_factory=DataConfig)
-    method_args: A
     evaluation: ev.EvaluationConfig = Field(default_factory=lambda: ev.EvaluationConfig.model_validate({}))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_arguments(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method_args") is None:
-            return {**values, "method_args": {}}
-        return values
 
 
 Run = DiffusionRun[Any]

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -119,6 +119,22 @@ class RunConfig(Config):
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="arms of `kd compare`: name -> overrides (dotted key: value)"
     )
+
+
+A = TypeVar("A", bound=MethodConfig)
+
+
+class MethodRunConfig(RunConfig, Generic[A]):
+    """The run config of a domain whose methods have arguments; without `method_args` they have their defaults."""
+
+    method_args: A
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_arguments(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method_args") is None:
+            return {**values, "method_args": {}}
+        return values
 
 
 # ---------------------------------------------------------------- reading and overriding
