@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, PeakMemory, environment
+from measure import MIB, PeakMemory, environment, interleaved, pick_device, seconds_per_step
 
 KD = ["bare", "kdcore", "timm-task", "timm", "torchdistill"]
 DHKD = ["dhkd-bare", "dhkd-kdcore", "dhkd-aligned"]
@@ -232,45 +230,23 @@ def contender(name: str, arguments: argparse.Namespace, device: Any) -> Iterator
 # ---------------------------------------------------------------- measuring
 
 
-def pick_device(arguments: argparse.Namespace) -> Any:
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    return torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-
-
-def block(steps: Iterator[None], count: int, device: Any) -> float:
-    """Seconds per step of the next `count` steps."""
-    import torch
-
-    start = time.perf_counter()
-    for _ in range(count):
-        next(steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
+def device_of(arguments: argparse.Namespace) -> Any:
+    return pick_device(threads=arguments.threads, cpu=arguments.cpu)
 
 
 def measure_time(names: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    device = pick_device(arguments)
+    device = device_of(arguments)
     running = {name: contender(name, arguments, device) for name in names}
-    for steps in running.values():
-        block(steps, 3, device)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    order = random.Random(0)
-    for _ in range(arguments.rounds):
-        for name in order.sample(names, len(names)):
-            seconds[name].append(block(running[name], arguments.block, device))
-    return seconds
+    return interleaved(running, device, warmup=3, rounds=arguments.rounds, size=arguments.block)
 
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> int:
     """Extra peak bytes of three steps of one contender, in this process."""
-    device = pick_device(arguments)
+    device = device_of(arguments)
     steps = contender(name, arguments, device)
-    block(steps, 1, device)
+    seconds_per_step(steps, 1, device)
     with PeakMemory(device.type) as peak:
-        block(steps, 3, device)
+        seconds_per_step(steps, 3, device)
     return peak.extra
 
 

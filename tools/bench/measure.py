@@ -1,10 +1,13 @@
-"""What the benchmarks share: peak memory of this process, and what it runs on."""
+"""What the benchmarks share: interleaved timing, peak memory of this process, and what it runs on."""
 
 from __future__ import annotations
 
 import gc
 import os
 import platform
+import random
+import time
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,3 +74,40 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+# ---------------------------------------------------------------- timing
+
+
+def pick_device(*, threads: int, cpu: bool) -> Any:
+    """The GPU where there is one and the CPU is not asked for."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+
+def seconds_per_step(steps: Iterator[None], count: int, device: Any) -> float:
+    """Seconds per step of the next `count` steps."""
+    import torch
+
+    start = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def interleaved(
+    running: Mapping[str, Iterator[None]], device: Any, *, warmup: int, rounds: int, size: int
+) -> dict[str, list[float]]:
+    """Seconds per step of every contender in each round, in an order that is drawn anew each round."""
+    for steps in running.values():
+        seconds_per_step(steps, warmup, device)
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(running), len(running)):
+            seconds[name].append(seconds_per_step(running[name], size, device))
+    return seconds

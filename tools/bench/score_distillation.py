@@ -31,17 +31,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, PeakMemory, environment
+from measure import MIB, PeakMemory, environment, interleaved, pick_device, seconds_per_step
 
 FROZEN, TRUNK = ["bare", "kdcore", "fastgen"], ["trunk-bare", "trunk-kdcore"]
 CLASSES, SIGMA_DATA, SIGMA_MIN, SIGMA_MAX, RHO, LEVELS = 10, 0.5, 0.002, 80.0, 7.0, 1000
@@ -382,45 +380,23 @@ def contender(name: str, arguments: argparse.Namespace, device: Any) -> Iterator
 # ---------------------------------------------------------------- measuring
 
 
-def pick_device(arguments: argparse.Namespace) -> Any:
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    return torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-
-
-def block(cycles: Iterator[None], count: int, device: Any) -> float:
-    """Seconds per cycle of the next `count` cycles."""
-    import torch
-
-    start = time.perf_counter()
-    for _ in range(count):
-        next(cycles)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
+def device_of(arguments: argparse.Namespace) -> Any:
+    return pick_device(threads=arguments.threads, cpu=arguments.cpu)
 
 
 def measure_time(names: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    device = pick_device(arguments)
+    device = device_of(arguments)
     running = {name: contender(name, arguments, device) for name in names}
-    for cycles in running.values():
-        block(cycles, 1, device)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    order = random.Random(0)
-    for _ in range(arguments.rounds):
-        for name in order.sample(names, len(names)):
-            seconds[name].append(block(running[name], arguments.block, device))
-    return seconds
+    return interleaved(running, device, warmup=1, rounds=arguments.rounds, size=arguments.block)
 
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Extra peak bytes of one cycle of one contender in this process, and the forward passes of another."""
-    device = pick_device(arguments)
+    device = device_of(arguments)
     cycles = contender(name, arguments, device)
-    block(cycles, 1, device)
+    seconds_per_step(cycles, 1, device)
     with PeakMemory(device.type) as peak:
-        block(cycles, 1, device)
+        seconds_per_step(cycles, 1, device)
     return {"peak_bytes": peak.extra, "calls": forward_calls(cycles, arguments.batch)}
 
 
