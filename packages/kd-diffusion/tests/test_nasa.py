@@ -1,7 +1,5 @@
 """NASA: the equation by hand, then as a processor of whole networks and of stock pipelines."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +8,17 @@ from torch import nn
 
 from kd_diffusion.integrations.nasa import Nasa, NasaAttnProcessor, nasa, nasa_call, steer
 from kd_diffusion.integrations.nasa_joint import JointNasa, JointNasaProcessor, TextTokens
+from kd_diffusion.testing_text import (
+    PIPELINES,
+    WIDTH,
+    pixart_pipeline,
+    sd3_network,
+    sdxl_pipeline,
+    tiny_pixart,
+    tiny_unet,
+    word_tokenizer,
+)
 from kdcore.errors import InputError
-
-WIDTH = 12  # of the text
 
 
 def text(batch=1, length=5, width=WIDTH, seed=1):
@@ -188,46 +194,6 @@ def test_a_processor_that_does_not_project_is_refused():
 
 
 # ---------------------------------------------------------------- networks
-
-
-def tiny_unet(sdxl=False, **kwargs):
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4} if sdxl else {}
-    added |= {"projection_class_embeddings_input_dim": 16 + 6 * 4} if sdxl else {}
-    config = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": WIDTH,
-        "attention_head_dim": 4,
-    }
-    return UNet2DConditionModel(**(config | added | kwargs)).eval()
-
-
-def tiny_pixart(**kwargs):
-    from diffusers import PixArtTransformer2DModel
-
-    torch.manual_seed(0)
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "cross_attention_dim": 16,
-        "caption_channels": WIDTH,
-        "sample_size": 8,
-        "use_additional_conditions": False,
-    }
-    network = PixArtTransformer2DModel(**(config | kwargs)).eval()
-    for parameter in network.parameters():  # the zero-initialised ones included
-        nn.init.normal_(parameter, std=0.3)
-    return network
 
 
 class Example:
@@ -489,24 +455,7 @@ def test_compiled_networks(kind):
 
 
 def tiny_sd3(pooled=6):
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    network = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=pooled,
-        in_channels=4,
-        out_channels=4,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+    network = sd3_network(pooled)
     kwargs = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500.0, 20.0])}
     return network, kwargs | {"encoder_hidden_states": text(2).float(), "pooled_projections": torch.randn(2, pooled)}
 
@@ -590,165 +539,12 @@ def test_joint_layer_against_the_equation():
 
 # ---------------------------------------------------------------- stock pipelines
 
-WORDS = ["digit", "three", "seven", "thin", "bold", "cat", "dog"]
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from transformers import CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    merges, tokens = [], list(letters)
-    for word in WORDS:
-        left = word[0]
-        for i, c in enumerate(word[1:], start=1):
-            right = c + ("</w>" if i == len(word) - 1 else "")
-            merges.append(f"{left} {right}")
-            left += right
-            tokens.append(left)
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(dict.fromkeys(merges)))
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+    tokenizer = word_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     assert len(tokenizer("three cat").input_ids) == 4  # the words are tokens of their own
     return tokenizer
-
-
-def tiny_vae():
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8).eval()
-
-
-def clip_encoder(tokenizer, kind="CLIPTextModel", width=WIDTH):
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    encoder = getattr(transformers, kind)(config).eval()
-    for parameter in encoder.parameters():  # the default initialisation makes all words alike
-        nn.init.normal_(parameter, std=0.5)
-    return encoder
-
-
-def sd_pipeline(tokenizer):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    torch.manual_seed(0)
-    return StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=clip_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=tiny_unet(),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def sdxl_pipeline(tokenizer):
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    torch.manual_seed(0)
-    return StableDiffusionXLPipeline(
-        vae=tiny_vae(),
-        text_encoder=clip_encoder(tokenizer, width=4),
-        text_encoder_2=clip_encoder(tokenizer, "CLIPTextModelWithProjection", width=8),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=tiny_unet(sdxl=True),
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
-
-
-def t5(width=WIDTH):
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    pieces = ["<pad>", "</s>", "<unk>", *["▁" + word for word in WORDS]]
-    tokenizer = T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
-    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    return tokenizer, T5EncoderModel(config).eval()
-
-
-def pixart_pipeline(_):
-    from diffusers import LCMScheduler, PixArtAlphaPipeline
-
-    torch.manual_seed(0)
-    t5_tokenizer, encoder = t5()
-    return PixArtAlphaPipeline(
-        tokenizer=t5_tokenizer,
-        text_encoder=encoder,
-        vae=tiny_vae(),
-        transformer=tiny_pixart(),
-        scheduler=LCMScheduler(),
-    )
-
-
-def flux_pipeline(tokenizer):
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    torch.manual_seed(0)
-    t5_tokenizer, encoder = t5()
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=8,
-        axes_dims_rope=(2, 2, 4),
-    )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(),
-        text_encoder=clip_encoder(tokenizer, width=8),
-        tokenizer=tokenizer,
-        text_encoder_2=encoder,
-        tokenizer_2=t5_tokenizer,
-        transformer=transformer.eval(),
-    )
-
-
-def sd3_pipeline(tokenizer):
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-    torch.manual_seed(0)
-    return StableDiffusion3Pipeline(
-        transformer=tiny_sd3(pooled=32)[0].eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(),
-        text_encoder=clip_encoder(tokenizer, "CLIPTextModelWithProjection", width=4),
-        tokenizer=tokenizer,
-        text_encoder_2=clip_encoder(tokenizer, "CLIPTextModelWithProjection", width=8),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
-PIPELINES = {
-    "sd": sd_pipeline,
-    "sdxl": sdxl_pipeline,
-    "pixart": pixart_pipeline,
-    "sd3": sd3_pipeline,
-    "flux": flux_pipeline,
-}
 
 
 @pytest.fixture(scope="module", params=list(PIPELINES))

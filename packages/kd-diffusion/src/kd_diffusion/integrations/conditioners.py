@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_diffusion.engine.conditions import Condition
@@ -50,36 +52,30 @@ class ClassConditioner:
 class TextConditioner(nn.Module):
     """The text side of a pipeline: tokenizers for the data, frozen encoders for the loop.
 
-    One encoder (SD 1.x, 2.x), two with a pooled embedding and time ids (SDXL), T5 with a mask (PixArt), or UMT5 whose
-    padding is set to zero (Wan). `null` is the empty prompt, or zeros where the pipeline says
-    `force_zeros_for_empty_prompt` (SDXL).
+    `null` is the empty prompt, or zeros where the pipeline says `force_zeros_for_empty_prompt` (SDXL). Which parts of
+    the encoders' outputs a network is given is a property of its kind, see `_KINDS`.
     """
 
     def __init__(self, pipe: Any):
         super().__init__()
-        pairs = [(getattr(pipe, f"text_encoder{n}", None), getattr(pipe, f"tokenizer{n}", None)) for n in ("", "_2")]
-        if getattr(pipe, "text_encoder_3", None) is not None:
-            raise InputError("teacher: pipelines with three text encoders need embeddings from data.embeddings")
-        pairs = [pair for pair in pairs if pair[0] is not None]
-        self.encoders = nn.ModuleList([encoder for encoder, _ in pairs])
-        self.tokenizers = [tokenizer for _, tokenizer in pairs]
-        self.is_xl = "time_ids" in _added(pipe)
-        self.has_mask = type(self.encoders[0]).__name__.startswith(("T5", "UMT5"))
-        self.zero_padding = type(self.encoders[0]).__name__.startswith("UMT5")
-        self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False)) and self.is_xl
-        self.max_length = _max_length(pipe, self.tokenizers[0])
-        self.size = _pixel_size(pipe) if self.is_xl else 0
+        names = [n for n in ("", "_2", "_3") if getattr(pipe, f"text_encoder{n}", None) is not None]
+        self.encoders = nn.ModuleList([getattr(pipe, f"text_encoder{n}") for n in names])
+        self.tokenizers = [getattr(pipe, f"tokenizer{n}") for n in names]
+        self.fields = [f"input_ids{n}" for n in names]
+        self.kind = _kind(pipe, self.encoders[0])
+        self.lengths = [_max_length(pipe, tokenizer) for tokenizer in self.tokenizers]
+        self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False)) and self.kind == "sdxl"
+        self.size = _pixel_size(pipe) if self.kind == "sdxl" else 0
+        self.width = pipe.transformer.config.joint_attention_dim if self.kind == "sd3" else 0
         self._null: Condition | None = None
 
     def tokens(self, prompts: list[str]) -> dict[str, Tensor]:
-        """`input_ids` (N, L) int64 (and `input_ids_2`, `attention_mask`), padded and cut to the encoder's length."""
+        """`input_ids` (N, L) int64 (`input_ids_2`, `input_ids_3`, `attention_mask`), padded and cut to the length."""
         found = {}
-        for number, tokenizer in enumerate(self.tokenizers):
-            kept = tokenizer(
-                prompts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
-            found["input_ids" if number == 0 else f"input_ids_{number + 1}"] = kept.input_ids
-            if self.has_mask:
+        for name, tokenizer, length in zip(self.fields, self.tokenizers, self.lengths, strict=True):
+            kept = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            found[name] = kept.input_ids
+            if self.kind in ("t5", "umt5"):
                 found["attention_mask"] = kept.attention_mask
         return found
 
@@ -87,25 +83,7 @@ class TextConditioner(nn.Module):
     def embed(self, batch: dict[str, Any]) -> Condition:
         if "input_ids" not in batch:
             raise InputError("data: the teacher is conditioned on text and the data has no prompts")
-        if self.has_mask:
-            mask = batch["attention_mask"]
-            embeds = self.encoders[0](batch["input_ids"], attention_mask=mask)[0]
-            if self.zero_padding:
-                return {"prompt_embeds": embeds * mask[..., None].to(embeds.dtype)}
-            return {"prompt_embeds": embeds, "prompt_mask": mask}
-        if not self.is_xl:
-            return {"prompt_embeds": self.encoders[0](batch["input_ids"])[0]}
-        outputs = [
-            encoder(batch[name], output_hidden_states=True)
-            for encoder, name in zip(self.encoders, ("input_ids", "input_ids_2"), strict=False)
-        ]
-        embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        times = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=embeds.device)
-        return {
-            "prompt_embeds": embeds,
-            "pooled_embeds": outputs[-1][0],
-            "time_ids": times.expand(len(embeds), -1).to(embeds.dtype),
-        }
+        return _KINDS[self.kind](self, batch)
 
     @torch.no_grad()
     def null(self, count: int, device: torch.device | str) -> Condition:
@@ -123,6 +101,86 @@ class TextConditioner(nn.Module):
 
     def _device(self) -> torch.device:
         return next(self.encoders.parameters()).device
+
+
+# ---------------------------------------------------------------- what each kind of network is given
+
+
+def _clip(text: TextConditioner, batch: dict[str, Any]) -> Condition:
+    """Stable Diffusion 1.x and 2.x: the last hidden states."""
+    return {"prompt_embeds": text.encoders[0](batch["input_ids"])[0]}
+
+
+def _sdxl(text: TextConditioner, batch: dict[str, Any]) -> Condition:
+    """The last hidden states but one of both encoders, the pooled embedding of the second, sizes and crop."""
+    embeds, pooled = _hidden(text, batch)
+    times = torch.tensor([[text.size, text.size, 0, 0, text.size, text.size]], device=embeds.device)
+    return {
+        "prompt_embeds": embeds,
+        "pooled_embeds": pooled[-1],
+        "time_ids": times.expand(len(embeds), -1).to(embeds.dtype),
+    }
+
+
+def _t5(text: TextConditioner, batch: dict[str, Any]) -> Condition:
+    """PixArt: T5's hidden states with their mask."""
+    mask = batch["attention_mask"]
+    return {"prompt_embeds": text.encoders[0](batch["input_ids"], attention_mask=mask)[0], "prompt_mask": mask}
+
+
+def _umt5(text: TextConditioner, batch: dict[str, Any]) -> Condition:
+    """Wan: UMT5's hidden states, zero where there is padding."""
+    found = _t5(text, batch)
+    return {"prompt_embeds": found["prompt_embeds"] * found["prompt_mask"][..., None].to(found["prompt_embeds"].dtype)}
+
+
+def _sd3(text: TextConditioner, batch: dict[str, Any]) -> Condition:
+    """Both CLIPs side by side, padded to T5's width, followed by T5's tokens (zeros without T5); both pooled."""
+    clip, pooled = _hidden(text, batch)
+    if len(text.encoders) > 2:
+        t5 = text.encoders[2](batch["input_ids_3"])[0]
+    else:
+        t5 = clip.new_zeros(len(clip), SD3_T5_TOKENS, text.width)
+    clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    return {"prompt_embeds": torch.cat((clip, t5.to(clip.dtype)), dim=1), "pooled_embeds": torch.cat(pooled, dim=-1)}
+
+
+def _flux(text: TextConditioner, batch: dict[str, Any]) -> Condition:
+    """T5's tokens, and CLIP's pooled embedding."""
+    pooled = text.encoders[0](batch["input_ids"]).pooler_output
+    return {"prompt_embeds": text.encoders[1](batch["input_ids_2"])[0], "pooled_embeds": pooled}
+
+
+def _hidden(text: TextConditioner, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The last hidden states but one of two CLIPs, side by side, and their first outputs."""
+    outputs = [
+        encoder(batch[name], output_hidden_states=True)
+        for encoder, name in zip(text.encoders[:2], text.fields[:2], strict=True)
+    ]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), [output[0] for output in outputs]
+
+
+SD3_T5_TOKENS = 256
+_KINDS: dict[str, Callable[[TextConditioner, dict[str, Any]], Condition]] = {
+    "clip": _clip,
+    "sdxl": _sdxl,
+    "t5": _t5,
+    "umt5": _umt5,
+    "sd3": _sd3,
+    "flux": _flux,
+}
+
+
+def _kind(pipe: Any, encoder: nn.Module) -> str:
+    unet, transformer = getattr(pipe, "unet", None), type(getattr(pipe, "transformer", None)).__name__
+    if transformer.startswith(("SD3", "Flux")):
+        return "sd3" if transformer.startswith("SD3") else "flux"
+    if type(encoder).__name__.startswith(("T5", "UMT5")):
+        return "umt5" if type(encoder).__name__.startswith("UMT5") else "t5"
+    return "sdxl" if unet is not None and unet.config.get("addition_embed_type") == "text_time" else "clip"
+
+
+# ---------------------------------------------------------------- choosing
 
 
 def conditioner_of(
@@ -146,17 +204,12 @@ def conditioner_of(
     return ClassConditioner(rows if null_class is None else rows - 1, null_class)
 
 
-def _added(pipe: Any) -> str:
-    network = getattr(pipe, "unet", None)
-    return "time_ids" if network is not None and network.config.get("addition_embed_type") == "text_time" else ""
-
-
 def _max_length(pipe: Any, tokenizer: Any) -> int:
-    if type(pipe).__name__.startswith("Wan"):
-        return 512
-    if type(tokenizer).__name__.startswith("T5"):
-        return 300 if "Sigma" in type(pipe).__name__ else 120
-    return tokenizer.model_max_length
+    """Tokens of a prompt: CLIP's own limit; of T5 what the pipeline's class takes by default."""
+    if not type(tokenizer).__name__.startswith("T5"):
+        return tokenizer.model_max_length
+    lengths = {"Wan": 512, "Flux": 512, "StableDiffusion3": SD3_T5_TOKENS, "PixArtSigma": 300}
+    return next((length for name, length in lengths.items() if type(pipe).__name__.startswith(name)), 120)
 
 
 def _pixel_size(pipe: Any) -> int:

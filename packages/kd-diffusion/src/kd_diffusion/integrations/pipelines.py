@@ -165,13 +165,14 @@ def opened(
     one = experts_of(network)[0][0]
     process, prediction_type = process_of(pipe.scheduler)
     vae = getattr(pipe, "vae", None)
-    space = Space(vae, latent_shape(one) if "sample_size" in one.config else video_shape(pipe, one, size, field))
+    image = "sample_size" in one.config or hasattr(pipe, "default_sample_size")
+    space = Space(vae, latent_shape(pipe, one) if image else video_shape(pipe, one, size, field))
     return Opened(pipe, slot, Denoiser(network, process, prediction_type), conditioner_of(pipe, one, null_class), space)
 
 
-def latent_shape(network: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) of the network's samples, from its config."""
-    size = network.config.sample_size
+def latent_shape(pipe: Any, network: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the network's samples, by its config, or the pipeline's where it takes any size (Flux)."""
+    size = network.config.get("sample_size") or pipe.default_sample_size
     height, width = (size, size) if isinstance(size, int) else size
     channels = network.config.in_channels
     if type(network).__name__ == "FluxTransformer2DModel":
