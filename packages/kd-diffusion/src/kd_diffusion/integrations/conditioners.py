@@ -206,7 +206,7 @@ def conditioner_of(
 
 def _max_length(pipe: Any, tokenizer: Any) -> int:
     """Tokens of a prompt: CLIP's own limit; of T5 what the pipeline's class takes by default."""
-    if not type(tokenizer).__name__.startswith("T5"):
+    if type(tokenizer).__name__.startswith("CLIP"):
         return tokenizer.model_max_length
     lengths = {"Wan": 512, "Flux": 512, "StableDiffusion3": SD3_T5_TOKENS, "PixArtSigma": 300}
     return next((length for name, length in lengths.items() if type(pipe).__name__.startswith(name)), 120)
