@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from kdcore.errors import InputError
+from kdcore.idx import idx_files, read_idx
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,31 +128,13 @@ def idx(config: DataConfig) -> Source:
 
 
 def _idx_pair(folder: Path, prefix: str) -> Split | None:
-    files = [
-        next((p for p in (folder / f"{prefix}-{kind}", folder / f"{prefix}-{kind}.gz") if p.is_file()), None)
-        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    ]
-    if files[0] is None or files[1] is None:
+    files = idx_files(folder, prefix)
+    if files is None:
         return None
     images, labels = read_idx(files[0]), read_idx(files[1])
     if len(images) != len(labels):
         raise InputError(f"data: {files[0].name} holds {len(images)} images, {files[1].name} {len(labels)} labels")
     return Split(labels.astype(np.int64), image_tensor(images), channels=1)
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped or not. Raises InputError that names a broken file."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-        zeros, kind, dimensions = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{dimensions}I", content, 4)
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    except (OSError, EOFError, struct.error, ValueError) as error:
-        raise InputError(f"data file {path}: not a readable IDX file ({error})") from None
-    if zeros != 0 or kind != 8 or values.size != np.prod(shape):
-        raise InputError(f"data file {path}: not an IDX file of unsigned bytes with the size its header gives")
-    return values.reshape(shape).copy()
 
 
 def npz(config: DataConfig) -> Source:

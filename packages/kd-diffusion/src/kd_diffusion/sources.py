@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import InputError
+from kdcore.idx import idx_files, read_idx
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -35,30 +34,13 @@ def mnist(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray] | None:
-    found = []
-    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        candidates = [folder / f"{prefix}-{kind}", folder / f"{prefix}-{kind}.gz"]
-        found.append(next((path for path in candidates if path.is_file()), None))
-    if found[0] is None or found[1] is None:
+    files = idx_files(folder, prefix)
+    if files is None:
         return None
-    images, labels = _read_idx(found[0]), _read_idx(found[1])
+    images, labels = (read_idx(path) for path in files)
     if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise InputError(f"data file {found[1]}: {labels.shape} labels for images of shape {images.shape}")
+        raise InputError(f"data file {files[1]}: {labels.shape} labels for images of shape {images.shape}")
     return images, labels
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-        zeros, kind, dimensions = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    except (OSError, EOFError, struct.error) as error:
-        raise InputError(f"data file {path}: not a readable IDX file ({error})") from None
-    start = 4 + 4 * dimensions
-    if zeros != 0 or kind != 8 or len(content) - start != int(np.prod(shape)):
-        raise InputError(f"data file {path}: not an IDX file of unsigned bytes with the size its header gives")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def image_folder(root: Path) -> tuple[list[Path], Tensor, list[str]]:
