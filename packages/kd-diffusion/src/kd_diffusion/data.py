@@ -124,6 +124,11 @@ class Data:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def asked(self) -> Part:
+        """Whose conditions evaluations and pictures ask for: the held-out part, or the training part without one."""
+        return self.held_out if len(self.held_out) else self.train
+
 
 def load_data(config: DataConfig, seed: int = 0) -> Data:
     """Reads and splits a source. The held-out share is the same of every class and follows from the seed.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_diffusion.data import Data, Part
 from kd_diffusion.engine.conditions import Condition
+from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.draws import Draws, Turn
 from kd_diffusion.engine.rollout import Renoise, Start, euler_move, rollout, start_noise
 from kd_diffusion.engine.timesteps import levels
@@ -113,18 +114,15 @@ def student_function(
 ) -> Generate:
     """A few-step student as its folder describes it: the table of its scheduler ends at its first level."""
     indices = levels(opened.process, steps, floor=floor)
+    return stepping(opened.denoiser, opened, indices, start=start, renoise=renoise)
+
+
+def stepping(denoiser: Denoiser, opened: Opened, indices: Sequence[float], **options: Any) -> Generate:
+    """A generator of these steps in the space of a pipeline; `options` as `rollout` has them."""
 
     def function(condition: Condition, draw: Any) -> Tensor:
         shape = (draw.count, *opened.space.shape)
-        return rollout(
-            opened.denoiser.eval(),
-            opened.process,
-            indices,
-            condition,
-            lambda: draw.normal(shape),
-            start=start,
-            renoise=renoise,
-        )
+        return rollout(denoiser.eval(), opened.process, indices, condition, lambda: draw.normal(shape), **options)
 
     return function
 

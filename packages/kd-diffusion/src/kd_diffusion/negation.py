@@ -29,7 +29,6 @@ from kd_diffusion.engine.denoiser import guide
 from kd_diffusion.engine.draws import Draws
 from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.timesteps import levels
-from kd_diffusion.evaluation import run_device
 from kd_diffusion.integrations.nasa import nasa
 from kd_diffusion.integrations.pipelines import Opened
 from kd_diffusion.runs import Run, open_student, open_teacher
@@ -139,7 +138,7 @@ def _rollout(own: Opened, steps: int, generator: Any, z: Tensor, condition: Cond
 @torch.no_grad()
 def generate(own: Opened, question: Question, sampler: Sampler, *, seed: int, batch_size: int) -> Tensor:
     """Pixels (N, C, H, W) in [-1, 1]; the noise depends on the seed alone."""
-    device = next(own.network.parameters()).device
+    device = own.device
     own.network.eval()
     positive, negative = (_embedded(own, texts, device) for texts in (question.prompts, question.negatives))
     draws, pixels = Draws(seed), []
@@ -193,7 +192,7 @@ def evaluate(config: Run, artefacts: Artefacts, settings: NegationConfig) -> dic
     data = load_data(config.data, config.seed)
     if settings.samples == 0 or data.rule is None or "features" not in artefacts:
         return {}
-    teacher = open_teacher(config, artefacts, data).to(run_device())
+    teacher = open_teacher(config, artefacts, data).to(ev.run_device())
     if not hasattr(teacher.conditioner, "tokens"):
         return {}
     own = open_student(config, artefacts["student"], teacher)

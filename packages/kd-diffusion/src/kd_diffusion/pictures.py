@@ -47,8 +47,7 @@ def comparison(
     kappa = config.method_args.guidance_scale
     if data.mixture is not None:
         return [_points_row(teacher, student(teacher), data)]
-    part = data.held_out if len(data.held_out) else data.train
-    wanted = ev.requests(teacher, part, min(count, COUNT))
+    wanted = ev.requests(teacher, data.asked, min(count, COUNT))
     path = _path(teacher, wanted, kappa)
     own = ev.generate(teacher, wanted, student(teacher), seed=SEED, batch_size=COUNT)
     rows = []

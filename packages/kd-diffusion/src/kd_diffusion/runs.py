@@ -7,7 +7,6 @@ from `prepare`, `student_stage` and `evaluate`.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller
 from kd_diffusion.engine.lora import LoRAConfig, add_lora, shared_views
 from kd_diffusion.engine.process import EDM
 from kd_diffusion.engine.rollout import Renoise, Start
-from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student
+from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student, trainable
 from kd_diffusion.snapshots import Snapshots
 from kd_diffusion.worlds import WorldConfig, world_stages
 from kdcore.config import Config, MethodRunConfig, TrainConfig
@@ -180,11 +179,6 @@ def adapter_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Da
     return networks
 
 
-def trainable(network: nn.Module) -> nn.Module:
-    """A float32 copy, all of it trainable."""
-    return copy.deepcopy(network).float().train().requires_grad_(True)
-
-
 def check_same_space(student: Opened, teacher: Opened, field: str) -> None:
     """Raises InputError where a student's network does not fit the teacher's samples or condition."""
     if student.space.shape != teacher.space.shape:
@@ -237,19 +231,18 @@ def student_stage(
 ) -> TrainStage:
     """Trains the distiller that `build(config, networks)` makes; gives a diffusers pipeline folder."""
     budget = train or config.train
-    kept: dict[str, Opened] = {}
+    kept: dict[str, Any] = {}
 
     def setup(context: RunContext) -> TrainSetup:
         opened = kept["teacher"] = open_teacher(config, context.artefacts, data)
         check_data(opened, data, config)
         distiller = build(config, networks(config, opened, context.artefacts, data))
-        kept["levels"] = distiller.indices  # type: ignore[assignment]
+        kept["levels"] = distiller.indices
         batches = make_loader(config, opened, data, batch_factor=batch_factor)
         return TrainSetup(distiller, batches, snapshots(context, name, opened, data, distiller, sampling.start))
 
     def save(network: nn.Module, folder: Path) -> None:
-        opened = kept["teacher"]
-        save_pipeline(config, opened, network, folder, kept["levels"], sampling)  # type: ignore[arg-type]
+        save_pipeline(config, kept["teacher"], network, folder, kept["levels"], sampling)
 
     # The generator's player has the average; the fake score would only waste memory on one.
     return TrainStage(name, budget.model_copy(update={"ema": None}), setup, save, artefact)
@@ -290,21 +283,23 @@ def check_data(opened: Opened, data: Data, config: Run) -> None:
         raise InputError(f"train.batch_size = {config.train.batch_size}: larger than the {len(data.train)} samples")
 
 
-def check(config: Run, data: Data) -> None:
-    """What can be said before anything trains."""
+def check(config: Run, data: Data) -> Opened | None:
+    """What can be said before anything trains. Gives the teacher where it had to open one, for further checks."""
     args = config.method_args
     uses_features(config, data)  # says what is wrong with evaluation.features
     if config.evaluation.features == "inception" and importlib.util.find_spec("torch_fidelity") is None:
         raise InputError("evaluation.features = 'inception': needs torch-fidelity, pip install 'kd-diffusion[fid]'")
     if args.gan is not None and not data.train.has_images:
         raise InputError("method_args.gan: needs real samples, and the data has prompts alone; give gan: null")
-    if config.teacher.pretrained is not None:
-        opened = open_teacher(config, {}, data)
-        check_data(opened, data, config)
-        if args.times.kind == "lognormal" and not isinstance(opened.process, EDM):
-            raise InputError(f"method_args.times.kind = 'lognormal': the teacher is {type(opened.process).__name__}")
-        if args.guidance_scale != 1:
-            opened.conditioner.null(1, "cpu")
+    if config.teacher.pretrained is None:
+        return None
+    opened = open_teacher(config, {}, data)
+    check_data(opened, data, config)
+    if args.times.kind == "lognormal" and not isinstance(opened.process, EDM):
+        raise InputError(f"method_args.times.kind = 'lognormal': the teacher is {type(opened.process).__name__}")
+    if args.guidance_scale != 1:
+        opened.conditioner.null(1, "cpu")
+    return opened
 
 
 # ---------------------------------------------------------------- evaluation
@@ -328,7 +323,7 @@ def evaluate(
     settings, features = config.evaluation, artefacts.get("features")
     measured = measures(config, features, data)
     count = settings.samples if measured else min(settings.samples, settings.batch_size)
-    wanted = ev.requests(teacher, data.held_out if len(data.held_out) else data.train, count)
+    wanted = ev.requests(teacher, data.asked, count)
     steps = steps or config.method_args.steps
     result: dict[str, Any] = {}
 
@@ -367,6 +362,16 @@ def open_student(config: Run, folder: Path, teacher: Opened) -> Opened:
     return own.to(teacher.device)
 
 
+def predict(config: Run, artefacts: Artefacts, count: int, *, sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
+    """Rows of pictures of the saved student beside its teacher."""
+    from kd_diffusion.pictures import comparison
+
+    def student(teacher: Opened) -> ev.Generate:
+        return saved_student(config, artefacts, teacher, sampling)[1]
+
+    return comparison(config, artefacts, count, student=student)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What makes a method of this family: its arguments, its distiller, its networks and how its student steps."""
@@ -376,7 +381,7 @@ class Recipe:
     sampling: Sampling = Sampling()
     batch_factor: int = 1
     networks: MakeNetworks = make_networks
-    check: Callable[[Run, Data], None] = check
+    check: Callable[[Run, Data], Any] = check
 
     def stages(self, config: Run, context: RunContext) -> list[Stage]:
         """teacher, features, student."""
@@ -396,12 +401,7 @@ class Recipe:
         return evaluate(config, artefacts, sampling=self.sampling)
 
     def predict(self, config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
-        from kd_diffusion.pictures import comparison
-
-        def student(teacher: Opened) -> ev.Generate:
-            return saved_student(config, artefacts, teacher, self.sampling)[1]
-
-        return comparison(config, artefacts, count, student=student)
+        return predict(config, artefacts, count, sampling=self.sampling)
 
 
 _RECIPES: dict[str, Recipe] = {}
@@ -424,7 +424,7 @@ def score_method(
     sampling: Sampling = Sampling(),
     batch_factor: int = 1,
     networks: MakeNetworks = make_networks,
-    check: Callable[[Run, Data], None] = check,
+    check: Callable[[Run, Data], Any] = check,
 ) -> Method[Any]:
     """A method whose stages are teacher, features, student."""
     own = _RECIPES[key] = Recipe(arguments, build, sampling, batch_factor, networks, check)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion.data import Data
-from kd_diffusion.engine.conditions import Condition
 from kd_diffusion.engine.distillation import ScoreDistiller
-from kd_diffusion.engine.rollout import Start, rollout
+from kd_diffusion.engine.rollout import Start
 from kd_diffusion.integrations.pipelines import Opened
 from kdcore.stages import RunContext
 
@@ -38,14 +34,15 @@ class Snapshots:
     ):
         self.context, self.stage, self.opened = context, stage, opened
         self.distiller, self.start, self.data = distiller, start, data
-        part = data.held_out if len(data.held_out) else data.train
-        self.wanted = ev.requests(opened, part, COUNT)
+        self.wanted = ev.requests(opened, data.asked, COUNT)
 
     def __call__(self, deployed: nn.Module) -> dict[str, float]:
         step = self.distiller.progress.step
         levels = self.distiller.meter.take()
         if self.context.is_main:
-            pixels = ev.generate(self.opened, self.wanted, self._function(deployed), seed=SEED, batch_size=COUNT)
+            denoiser, renoise = self.opened.denoiser_for(deployed), self.distiller.renoise
+            function = ev.stepping(denoiser, self.opened, self.distiller.indices, start=self.start, renoise=renoise)
+            pixels = ev.generate(self.opened, self.wanted, function, seed=SEED, batch_size=COUNT)
             folder = self.context.folder / "snapshots"
             folder.mkdir(exist_ok=True)
             np.save(folder / f"{self.stage}-{step:07d}.npy", pixels.numpy(), allow_pickle=False)
@@ -53,21 +50,3 @@ class Snapshots:
             name, x = "gradient norm by noise level", bucket_names(len(levels))
             self.context.log(kind="profile", name=name, stage=self.stage, step=step, x=x, values=levels)
         return {}
-
-    def _function(self, deployed: nn.Module) -> ev.Generate:
-        denoiser = self.opened.denoiser_for(deployed)
-
-        def function(condition: Condition, draw: Any) -> Tensor:
-            shape = (draw.count, *self.opened.space.shape)
-            return rollout(
-                denoiser,
-                self.opened.process,
-                self.distiller.indices,
-                condition,
-                lambda: draw.normal(shape),
-                start=self.start,
-                renoise=self.distiller.renoise,
-            )
-
-        with torch.no_grad():
-            return function

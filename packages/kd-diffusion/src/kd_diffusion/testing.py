@@ -121,26 +121,19 @@ def tiny_text_unet(width: int = 16, **overrides: Any) -> Any:
     return random_weights(UNet2DConditionModel(**arguments))
 
 
-def text_pipeline(folder: Path, *, steps: int = 1000) -> Any:
+def text_pipeline(folder: Path) -> Any:
     """StableDiffusionPipeline on 16x16 images; `folder` takes the tokenizer's files."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    from kd_diffusion.worlds.text import stable_diffusion_scheduler
+
     tokenizer = tiny_tokenizer(folder)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=steps,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
     return StableDiffusionPipeline(
         vae=tiny_vae(),
         text_encoder=tiny_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=tiny_text_unet(),
-        scheduler=scheduler,
+        scheduler=stable_diffusion_scheduler(DDIMScheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

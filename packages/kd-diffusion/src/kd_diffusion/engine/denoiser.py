@@ -33,6 +33,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.process, self.prediction_type = process, prediction_type
         self._call = call_of(network)
+        keep_labels(network)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return to_x0(self.process, self.prediction_type, self.output(x_t, t, condition), x_t, t)
@@ -43,8 +44,8 @@ class Denoiser(nn.Module):
         dtype = next(self.network.parameters()).dtype
         condition = {name: v.to(dtype) if v.is_floating_point() else v for name, v in condition.items()}
         time = self.process.network_time(t)
-        time = time.to(dtype) if time.is_floating_point() and dtype == torch.float64 else time
-        time = time.float() if time.dtype == torch.float64 and dtype != torch.float64 else time
+        if time.is_floating_point():
+            time = time.to(torch.promote_types(dtype, torch.float32))
         output = self._call(self.network, scaled.to(dtype), time, condition)
         return output[:, : x_t.shape[1]].to(x_t.dtype)
 
@@ -93,6 +94,13 @@ def guide(unconditional: Tensor, conditional: Tensor, kappa: float | Tensor) -> 
     return unconditional + kappa * (conditional - unconditional)
 
 
+def keep_labels(network: nn.Module) -> None:
+    """Switches DiT's own dropping of labels in training mode off: the caller decides what is unconditional."""
+    for module in network.modules():
+        if type(module).__name__ == "LabelEmbedding":
+            module.dropout_prob = 0.0
+
+
 # ---------------------------------------------------------------- how each network is called
 
 
@@ -132,11 +140,6 @@ def _unet_condition(network: nn.Module, x: Tensor, time: Tensor, condition: Cond
 
 
 def _dit(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    # DiT drops labels itself in training mode; here the caller decides what is unconditional. It stays off, because a
-    # backward pass that recomputes activations comes after this call.
-    for module in network.modules():
-        if type(module).__name__ == "LabelEmbedding":
-            module.dropout_prob = 0.0
     return network(x, timestep=time, class_labels=condition["class_labels"], return_dict=False)[0]
 
 

@@ -98,7 +98,7 @@ class Opened:
 
     def copied(self) -> Denoiser:
         """A trainable float32 copy of the network."""
-        return self.denoiser_for(copy.deepcopy(self.network).float().train().requires_grad_(True))
+        return self.denoiser_for(trainable(self.network))
 
 
 def open_pipeline(
@@ -129,6 +129,11 @@ def open_pipeline(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{field} = '{name}': no diffusers pipeline could be loaded ({reason})") from None
     return opened(pipe, field=field, null_class=null_class, size=size)
+
+
+def trainable(network: nn.Module) -> nn.Module:
+    """A float32 copy, all of it trainable."""
+    return copy.deepcopy(network).float().train().requires_grad_(True)
 
 
 @contextmanager

@@ -157,7 +157,8 @@ def student_name(args: MSDConfig, k: int) -> str:
 def _check(config: Run, data: Data) -> None:
     """Raises InputError for what shows before anything trains."""
     args = config.method_args
-    runs.check(config.model_copy(update={"method_args": args if args.adm is not None else _without_gan(args)}), data)
+    checked = args if args.adm is not None else _without_gan(args)
+    opened = runs.check(config.model_copy(update={"method_args": checked}), data)
     for field in ("pretrained", "lora"):
         if args.student_network and getattr(config.student, field) is not None:
             raise InputError(f"student.{field}: with method_args.student_network the students are built anew")
@@ -170,8 +171,7 @@ def _check(config: Run, data: Data) -> None:
     by_class = config.teacher.world is not None and config.teacher.world.name not in ("digits_text", "mixture")
     if config.teacher.world is not None and config.teacher.world.name == "mixture":
         raise InputError("teacher.world: the mixture's teacher has no condition to divide among students")
-    if config.teacher.pretrained is not None:
-        opened = runs.open_teacher(config, {}, data)
+    if opened is not None:
         by_class = not by_prompt(opened)
         if args.student_network:
             small_network(opened, args)

@@ -309,9 +309,9 @@ def phase_stage(config: Run, data: Data, number: int) -> TrainStage:
 
 def stages(config: Run, context: RunContext) -> list[Stage]:
     data = load_data(config.data, config.seed)
-    runs.check(config, data)
-    if config.teacher.pretrained is not None:
-        check_flow(runs.open_teacher(config, {}, data).process)
+    opened = runs.check(config, data)
+    if opened is not None:
+        check_flow(opened.process)
     phases = range(1, config.method_args.phases + 1)
     return [*runs.prepare(config, data), *(phase_stage(config, data, number) for number in phases)]
 
@@ -321,12 +321,7 @@ def evaluate(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
 
 
 def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
-    from kd_diffusion.pictures import comparison
-
-    def student(teacher: Opened) -> Any:
-        return runs.saved_student(config, artefacts, teacher, SAMPLING)[1]
-
-    return comparison(config, artefacts, count, student=student)
+    return runs.predict(config, artefacts, count, sampling=SAMPLING)
 
 
 METHOD: Method[Any] = Method("phased_dmd", __doc__ or "", DiffusionRun[PhasedDMDConfig], stages, evaluate, predict)

@@ -40,7 +40,6 @@ from kd_diffusion.engine.conditions import Condition, where
 from kd_diffusion.engine.distillation import Networks, Sample, ScoreArgs, ScoreDistiller
 from kd_diffusion.engine.draws import Turn
 from kd_diffusion.engine.process import EDM, add_noise, target
-from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.score import dmd_weight, edm_weight, min_snr_plus_one, sid_loss, sid_normaliser
 from kd_diffusion.engine.timesteps import TimesConfig, levels, sample_times
 from kd_diffusion.integrations.pipelines import Opened
@@ -268,7 +267,7 @@ def evaluated(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
         return result
     teacher = open_teacher(config, artefacts, data).to(ev.run_device())
     student = open_student(config, artefacts["student"], teacher)
-    wanted = ev.requests(teacher, data.held_out if len(data.held_out) else data.train, settings.samples)
+    wanted = ev.requests(teacher, data.asked, settings.samples)
     for step in range(1, config.method_args.steps):
         function = stopped(student, config.method_args.steps, step)
         pixels = ev.generate(student, wanted, function, seed=config.seed, batch_size=settings.batch_size)
@@ -280,15 +279,7 @@ def evaluated(config: Run, artefacts: Artefacts) -> Mapping[str, Any]:
 def stopped(student: Opened, steps: int, after: int) -> ev.Generate:
     """The output after some of a student's steps."""
     indices = levels(student.process, steps, floor=SAMPLING.floor)
-
-    def function(condition: Condition, draw: Any) -> Tensor:
-        shape = (draw.count, *student.space.shape)
-        normal = lambda: draw.normal(shape)  # noqa: E731
-        return rollout(
-            student.denoiser.eval(), student.process, indices, condition, normal, stop=after - 1, start=SAMPLING.start
-        )
-
-    return function
+    return ev.stepping(student.denoiser, student, indices, stop=after - 1, start=SAMPLING.start)
 
 
 METHOD = dataclasses.replace(
