@@ -40,9 +40,7 @@ class Snapshots:
         step = self.distiller.progress.step
         levels = self.distiller.meter.take()
         if self.context.is_main:
-            denoiser, renoise = self.opened.denoiser_for(deployed), self.distiller.renoise
-            function = ev.stepping(denoiser, self.opened, self.distiller.indices, start=self.start, renoise=renoise)
-            pixels = ev.generate(self.opened, self.wanted, function, seed=SEED, batch_size=COUNT)
+            pixels = ev.generate(self.opened, self.wanted, self.sampler(deployed), seed=SEED, batch_size=COUNT)
             folder = self.context.folder / "snapshots"
             folder.mkdir(exist_ok=True)
             np.save(folder / f"{self.stage}-{step:07d}.npy", pixels.numpy(), allow_pickle=False)
@@ -50,3 +48,8 @@ class Snapshots:
             name, x = "gradient norm by noise level", bucket_names(len(levels))
             self.context.log(kind="profile", name=name, stage=self.stage, step=step, x=x, values=levels)
         return {}
+
+    def sampler(self, deployed: nn.Module) -> ev.Generate:
+        """The student as it is now, in its own steps."""
+        options = {"start": self.start, "renoise": self.distiller.renoise}
+        return ev.stepping(self.opened.denoiser_for(deployed), self.opened, self.distiller.indices, **options)

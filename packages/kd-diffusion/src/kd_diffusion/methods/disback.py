@@ -293,7 +293,7 @@ class Curve(runs.Snapshots):
         if features is None:
             return {}
         wanted = ev.requests(self.opened, data.held_out, min(self.samples, len(data.held_out)))
-        function = self._function(deployed)
+        function = self.sampler(deployed)
         pixels = ev.generate(self.opened, wanted, function, seed=SEED, batch_size=self.samples)
         return {"frechet": ev.measure(data, features, pixels, wanted)["frechet"]}
 
