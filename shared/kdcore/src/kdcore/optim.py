@@ -25,10 +25,12 @@ def make_optimizer(player: Player, train: TrainConfig) -> torch.optim.Optimizer:
     for group in groups:
         group["lr"] = config.lr * group.pop("lr_scale", 1.0)
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     if config.name == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=config.momentum, eps=config.eps, **common)
+    # One kernel for all parameters: small networks on a CPU spend a fifth of a step in the loop over them.
+    common["fused"] = all(p.is_floating_point() for group in groups for p in group["params"])
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, betas=config.betas, eps=config.eps, **common)
 
