@@ -46,12 +46,12 @@ def _budget(steps: int, batch_size: int, lr: float, ema: float | None = 0.995) -
     }
 
 
-VAE_BUDGET = _budget(400, 32, 4e-3, None)
+VAE_BUDGET = _budget(300, 32, 4e-3, None)
 BUDGETS = {
     "digits_unet": _budget(1000, 32, 3e-3),
-    "digits_dit": _budget(1500, 64, 2e-3),
-    "digits_flow": _budget(1500, 64, 2e-3),
-    "digits_text": _budget(1500, 32, 3e-3),
+    "digits_dit": _budget(1200, 64, 2e-3),
+    "digits_flow": _budget(1200, 64, 2e-3),
+    "digits_text": _budget(700, 64, 3e-3),
     "mixture": _budget(2000, 256, 2e-3),
 }
 
