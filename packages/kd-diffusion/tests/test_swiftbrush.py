@@ -375,7 +375,8 @@ def test_trains_from_prompts_alone(tiny_text_folder, tmp_path):
 def test_configs_are_valid(name):
     method, config = load_config(f"swiftbrush/{name}")
     assert method.key == "swiftbrush"
-    assert config.method_args.lora.targets == ["to_q", "to_v"]
+    assert {"to_q", "to_v"} <= set(config.method_args.lora.targets)
+    assert (name == "small") or config.method_args.lora.targets == ["to_q", "to_v"]  # the paper's
 
 
 def test_paper_config_builds_on_another_teacher(tiny_text_folder, tmp_path):
