@@ -310,16 +310,18 @@ def evaluate(
     artefacts: Artefacts,
     *,
     data: Data | None = None,
+    teacher: Opened | None = None,
     sampling: Sampling = Sampling(),
     steps: int | None = None,
     student: Callable[[Opened], ev.Generate] | None = None,
 ) -> dict[str, Any]:
     """Metrics of the saved student and of the teacher at several numbers of steps, on the held-out conditions.
 
-    `student(opened)` replaces the usual sampler of the saved folder; it gets the opened teacher.
+    `student(opened)` replaces the usual sampler of the saved folder; it gets the opened teacher. `data` and `teacher`
+    are for callers that have them already.
     """
     data = data or load_data(config.data, config.seed)
-    teacher = open_teacher(config, artefacts, data).to(ev.run_device())
+    teacher = (teacher or open_teacher(config, artefacts, data)).to(ev.run_device())
     settings, features = config.evaluation, artefacts.get("features")
     measured = measures(config, features, data)
     count = settings.samples if measured else min(settings.samples, settings.batch_size)

@@ -394,17 +394,17 @@ def routed_function(bundle: Path, teacher: Opened) -> ev.Generate:
 
 def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
     """The shared metrics of the bundle, on the conditions that its students serve, and of each student on its own."""
-    args, data = config.method_args, load_data(config.data, config.seed)
-    teacher, router = runs.open_teacher(config, artefacts, data), Router.load(artefacts["router"])
+    args, data, device = config.method_args, load_data(config.data, config.seed), ev.run_device()
+    teacher, router = runs.open_teacher(config, artefacts, data).to(device), Router.load(artefacts["router"])
     function = routed_function(artefacts["student"], teacher)
-    asked = part_of(teacher, data, router, args.chosen)
-    result = runs.evaluate(config, artefacts, data=asked, student=lambda teacher: function)
+    asked = part_of(teacher, data, router, args.chosen, device)
+    result = runs.evaluate(config, artefacts, data=asked, teacher=teacher, student=lambda teacher: function)
     first = open_pipeline(artefacts[f"student_{args.chosen[0]}"])
     result["student/parameters"] = sum(p.numel() for p in first.network.parameters())
     result["students"] = len(args.chosen)
     if args.students > 1 and "features" in artefacts:
         for k in args.chosen:
-            part = part_of(teacher, data, router, [k])
+            part = part_of(teacher, data, router, [k], device)
             wanted = ev.requests(teacher, part.held_out, max(1, config.evaluation.samples // len(args.chosen)))
             options = {"seed": config.seed, "batch_size": config.evaluation.batch_size}
             pixels = ev.generate(teacher, wanted, function, **options)
