@@ -1,0 +1,359 @@
+"""Sampling of responses and their mixing into training batches, on tiny GPT-2 models."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_llm.engine.onpolicy import IGNORE, OnPolicy, OnPolicyConfig, prompts_of, with_responses
+from kd_llm.engine.rollouts import (
+    HFRollouts,
+    Rollout,
+    Sampling,
+    VLLMRollouts,
+    draw,
+    filtered_probabilities,
+    uniforms,
+)
+from kdcore.errors import InputError, RunFailed
+
+VOCABULARY, EOS, PAD = 13, 1, 0
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
+
+
+def tiny_model(seed: int = 0, **changes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=EOS, eos_token_id=EOS
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():  # far from uniform, so that a wrong position or mask shows
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    for key, value in changes.items():
+        setattr(model.generation_config, key, value)
+    return model
+
+
+PROMPTS = [torch.tensor([4, 5]), torch.tensor([6, 7, 8, 9, 10]), torch.tensor([3])]
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def test_draws_on_an_even_grid_have_the_exact_frequencies():
+    p = torch.tensor([0.125, 0.0, 0.5, 0.25, 0.125, 0.0], dtype=torch.float64)
+    u = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    tokens = draw(p.repeat(800, 1), u)
+    assert torch.bincount(tokens, minlength=6).tolist() == [100, 0, 400, 200, 100, 0]
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=9), st.floats(0, 1, exclude_max=True))
+def test_a_draw_has_probability(logits, u):
+    p = torch.tensor([logits], dtype=torch.float64).softmax(1)
+    p[0, 0] = 0  # a filtered token
+    assert p[0, draw(p, torch.tensor([u], dtype=torch.float64))] > 0
+
+
+def test_the_last_uniform_number_draws_the_last_possible_token():
+    p = torch.tensor([[0.3, 0.7, 0.0]], dtype=torch.float64)
+    assert draw(p, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 1
+
+
+def test_filters_are_temperature_then_top_k_then_top_p():
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    z = p.log()
+    assert torch.allclose(filtered_probabilities(z, Sampling()), p)
+    squared = p**2 / (p**2).sum()
+    assert torch.allclose(filtered_probabilities(z, Sampling(temperature=0.5)), squared)
+    top_two = torch.tensor([[4 / 7, 3 / 7, 0, 0]], dtype=torch.float64)
+    assert torch.allclose(filtered_probabilities(z, Sampling(top_k=2)), top_two)
+    assert torch.allclose(filtered_probabilities(z, Sampling(top_p=0.6)), top_two)  # 0.4 is short of 0.6, 0.7 is not
+    # At top_k = 3 the masses are 4/9, 3/9, 2/9: top-p 0.75 now needs two tokens and not three.
+    assert torch.allclose(filtered_probabilities(z, Sampling(top_k=3, top_p=0.75)), top_two)
+    assert filtered_probabilities(z, Sampling(temperature=0)).tolist() == [[1, 0, 0, 0]]
+    assert filtered_probabilities(z, Sampling(top_p=1e-9)).tolist() == [[1, 0, 0, 0]]
+
+
+def test_sampling_refuses_what_has_no_meaning():
+    for bad in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Sampling(**bad)
+
+
+def test_uniforms_depend_on_seed_and_row_alone():
+    a = uniforms(7, [0, 1, 2], 5)
+    assert torch.equal(a[[2, 0]], uniforms(7, [2, 0], 5))
+    assert not torch.equal(a, uniforms(8, [0, 1, 2], 5))
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def test_responses_do_not_depend_on_the_batches_or_the_global_generators():
+    model, sampling = tiny_model(), Sampling(max_new_tokens=9)
+    torch.manual_seed(1)
+    together = HFRollouts(TOKENIZER).generate(model, PROMPTS, 3, sampling, seed=5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    alone = HFRollouts(TOKENIZER, batch_size=1).generate(model, PROMPTS, 3, sampling, seed=5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(together) == 9
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.allclose(a.logp, b.logp, atol=1e-4)
+    assert [r.ids[: r.completion_start].tolist() for r in together] == [p.tolist() for p in PROMPTS for _ in range(3)]
+    other = HFRollouts(TOKENIZER).generate(model, PROMPTS, 3, sampling, seed=6)
+    assert any(not torch.equal(a.ids, b.ids) for a, b in zip(together, other, strict=True))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=7), Sampling(temperature=1.3, top_k=5, max_new_tokens=7)])
+def test_log_probabilities_are_those_of_one_forward_pass(sampling):
+    model = tiny_model().eval()
+    for rollout in HFRollouts(TOKENIZER).generate(model, PROMPTS, 4, sampling, seed=0):
+        with torch.no_grad():
+            logits = model(rollout.ids[None]).logits[0, rollout.completion_start - 1 : -1]
+        q = filtered_probabilities(logits, sampling)
+        expected = q.gather(1, rollout.completion[:, None]).log().squeeze(1).float()
+        assert torch.allclose(rollout.logp, expected, atol=1e-4)
+
+
+def test_frequencies_of_the_first_token_are_the_models():
+    model = tiny_model().eval()
+    made = HFRollouts(TOKENIZER, batch_size=4096).generate(model, [PROMPTS[0]], 4000, Sampling(max_new_tokens=1), 3)
+    with torch.no_grad():
+        p = model(PROMPTS[0][None]).logits[0, -1].double().softmax(0)
+    counts = torch.bincount(torch.stack([r.completion[0] for r in made]), minlength=VOCABULARY)
+    deviation = (counts / 4000 - p).abs() / (p * (1 - p) / 4000).sqrt()
+    assert deviation.max() < 5  # standard deviations, of a fixed seed
+
+
+def test_a_response_ends_with_its_end_token_or_is_cut():
+    model = tiny_model()
+    made = HFRollouts(TOKENIZER).generate(model, PROMPTS, 20, Sampling(max_new_tokens=6), seed=0)
+    assert {r.finished for r in made} == {True, False}
+    for rollout in made:
+        ends = (rollout.completion == EOS).nonzero().flatten().tolist()
+        assert ends == ([len(rollout.completion) - 1] if rollout.finished else [])
+        assert rollout.finished or len(rollout.completion) == 6
+        assert len(rollout.logp) == len(rollout.completion)
+
+
+def test_training_flags_and_the_generation_config_are_restored():
+    model = tiny_model(repetition_penalty=5.0, top_k=1, do_sample=True).train()
+    model.transformer.h[0].eval()
+    before, config = [m.training for m in model.modules()], model.generation_config
+    made = HFRollouts(TOKENIZER).generate(model, PROMPTS, 2, Sampling(max_new_tokens=8), seed=5)
+    assert [m.training for m in model.modules()] == before
+    assert model.generation_config is config
+    plain = HFRollouts(TOKENIZER).generate(tiny_model(), PROMPTS, 2, Sampling(max_new_tokens=8), seed=5)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(made, plain, strict=True)), "a default of the checkpoint leaks"
+
+
+def test_adapters_take_part_in_the_responses():
+    from peft import LoraConfig, get_peft_model
+
+    plain = HFRollouts(TOKENIZER).generate(tiny_model(), PROMPTS, 4, Sampling(max_new_tokens=8), seed=5)
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    same = HFRollouts(TOKENIZER).generate(adapted, PROMPTS, 4, Sampling(max_new_tokens=8), seed=5)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(plain, same, strict=True))  # LoRA starts at zero
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    changed = HFRollouts(TOKENIZER).generate(adapted, PROMPTS, 4, Sampling(max_new_tokens=8), seed=5)
+    assert any(not torch.equal(a.ids, b.ids) for a, b in zip(plain, changed, strict=True))
+
+
+def test_bad_input_is_named():
+    model, rollouts, sampling = tiny_model(), HFRollouts(TOKENIZER), Sampling(max_new_tokens=8)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        rollouts.generate(model, [PROMPTS[0], torch.tensor([], dtype=torch.int64)], 1, sampling, 0)
+    with pytest.raises(InputError, match="32 positions"):
+        rollouts.generate(model, [torch.full((25,), 3)], 1, sampling, 0)
+    with pytest.raises(InputError, match="n = 0"):
+        rollouts.generate(model, PROMPTS, 0, sampling, 0)
+    nameless = SimpleNamespace(eos_token_id=None, pad_token_id=None)
+    with pytest.raises(InputError, match="end token"):
+        HFRollouts(nameless).generate(tiny_model(eos_token_id=None), PROMPTS, 1, sampling, 0)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(RunFailed, match="not finite"):
+        rollouts.generate(model, PROMPTS, 1, sampling, 0)
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def test_vllm_is_asked_for_clearly():
+    with pytest.raises(InputError, match="vllm is not installed"):
+        VLLMRollouts("folder")
+
+
+class FakeVLLM:
+    """The part of vllm's interface that is used, answering with the prompt's last token and an end token."""
+
+    def __init__(self, **arguments):
+        self.arguments, self.loaded, self.resets = arguments, {}, 0
+        engine = SimpleNamespace(load_weights=lambda weights: self.loaded.update(weights))
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=engine))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+    def reset_prefix_cache(self):
+        self.resets += 1
+
+    def generate(self, inputs, parameters, use_tqdm):
+        self.seeds = [p.seed for p in parameters]
+        made = []
+        for item in inputs:
+            tokens = [item["prompt_token_ids"][-1], EOS]
+            logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in tokens]
+            made.append(SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason="stop"))
+        return [SimpleNamespace(outputs=[output]) for output in made]
+
+
+def test_vllm_rollouts_and_weights(monkeypatch):
+    import importlib.util
+    import os
+
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    fake = SimpleNamespace(LLM=FakeVLLM, SamplingParams=lambda **k: SimpleNamespace(**k), __spec__=object())
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    assert importlib.util.find_spec("vllm") is not None
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    rollouts = VLLMRollouts("folder", eos=[EOS], gpu_memory_utilization=0.3)
+    assert rollouts.llm.arguments["gpu_memory_utilization"] == 0.3
+    made = rollouts.generate(tiny_model(), PROMPTS, 2, Sampling(max_new_tokens=4), seed=1)
+    assert [r.completion.tolist() for r in made] == [[5, EOS]] * 2 + [[10, EOS]] * 2 + [[3, EOS]] * 2
+    assert made[0].logp.tolist() == [-0.5, -0.5]
+    assert made[0].finished
+    assert len(set(rollouts.llm.seeds)) == 6
+
+    base = tiny_model()
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    name = "transformer.h.0.attn.c_attn.weight"
+    before = tiny_model().state_dict()
+    rollouts.sync(adapted)
+    assert set(rollouts.llm.loaded) == set(before), "names as the checkpoint has them"
+    assert not torch.allclose(rollouts.llm.loaded[name], before[name])  # the merged weights
+    assert torch.allclose(base.transformer.h[0].attn.c_attn.base_layer.weight, before[name], atol=1e-5)
+    assert rollouts.llm.resets == 1
+
+
+# ---------------------------------------------------------------- mixing
+
+
+def batch_of(rows, **extra):
+    """Rows of (prompt, response) padded on the right."""
+    width = max(len(p) + len(r) for p, r in rows)
+    ids = torch.full((len(rows), width), PAD)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+    for i, (p, r) in enumerate(rows):
+        ids[i, : len(p) + len(r)], mask[i, : len(p) + len(r)] = torch.tensor([*p, *r]), 1
+        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r) if r else labels[i, :0]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **extra}
+
+
+class Echo:
+    """Answers with the reversed prompt and counts its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, model, prompts, n, sampling, seed):
+        self.calls.append((len(prompts), seed))
+        return [
+            Rollout(torch.cat([p, p.flip(0)]), len(p), torch.full((len(p),), -0.25), finished=len(p) < 3)
+            for p in prompts
+            for _ in range(n)
+        ]
+
+    def sync(self, model):
+        self.synced = model
+
+
+def test_prompts_are_what_precedes_the_first_label():
+    batch = batch_of([([3, 4], [5, 1]), ([6], [7, 8, 1]), ([9, 9, 9], [])])
+    assert [p.tolist() for p in prompts_of(batch)] == [[3, 4], [6], [9, 9, 9]]
+    left = {k: v.flip(1) for k, v in batch_of([([2, 2], [])]).items()}
+    assert prompts_of(left)[0].tolist() == [2, 2]
+
+
+def test_text_without_prompts_needs_prompt_tokens():
+    batch = batch_of([([], [5, 6, 7, 1])])
+    with pytest.raises(InputError, match="prompt_tokens"):
+        prompts_of(batch)
+    assert prompts_of(batch, 3)[0].tolist() == [5, 6, 7]
+    with pytest.raises(InputError, match="position_ids"):
+        prompts_of({**batch, "position_ids": batch["input_ids"]})
+
+
+def test_responses_replace_those_of_the_data_and_other_columns_stay():
+    weight = torch.tensor([0.5, 2.0])
+    batch = batch_of([([3, 4], [5, 1]), ([6, 7, 8], [1])], kd_weight=weight)
+    echo = Echo()
+    mixing = OnPolicy(echo, OnPolicyConfig(), seed=0, pad=PAD)
+    (made,) = mixing("student", [batch], 4)
+    assert made["input_ids"].tolist() == [[3, 4, 4, 3, 0, 0], [6, 7, 8, 8, 7, 6]]
+    assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert made["labels"].tolist() == [[-100, -100, 4, 3, -100, -100], [-100, -100, -100, 8, 7, 6]]
+    assert made["kd_weight"] is weight
+    assert echo.synced == "student"
+    assert mixing.statistics() == {
+        "rollout/share": 1.0,
+        "rollout/truncated": 0.5,
+        "rollout/length": 2.5,
+        "rollout/entropy": 0.25,
+    }
+    assert mixing.statistics() == {"rollout/share": 0.0}
+
+
+def test_one_generate_call_serves_a_window_and_seeds_follow_the_step():
+    window = [batch_of([([3, 4], [5, 1])]) for _ in range(4)]
+    echo = Echo()
+    mixing = OnPolicy(echo, OnPolicyConfig(), seed=0, pad=PAD)
+    mixing(None, window, 0)
+    mixing(None, window, 1)
+    mixing(None, window, 1)
+    assert [calls for calls, _ in echo.calls] == [4, 4, 4]
+    seeds = [seed for _, seed in echo.calls]
+    assert seeds[0] != seeds[1] == seeds[2]
+    other = OnPolicy(echo, OnPolicyConfig(), seed=0, pad=PAD, rank=1)
+    other(None, window, 1)
+    assert echo.calls[-1][1] != seeds[1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 1), st.integers(0, 2**31 - 1))
+def test_the_share_of_on_policy_batches_is_lmbda(lmbda, seed):
+    mixing = OnPolicy(Echo(), OnPolicyConfig(lmbda=lmbda), seed=seed, pad=PAD, rank=seed % 3)
+    share = sum(mixing.chosen(step, j) for step in range(250) for j in range(4)) / 1000
+    assert abs(share - lmbda) < 5 * max((lmbda * (1 - lmbda) / 1000) ** 0.5, 1e-3)
+
+
+def test_at_lmbda_0_nothing_is_generated():
+    window = [batch_of([([3, 4], [5, 1])])]
+    echo = Echo()
+    (same,) = OnPolicy(echo, OnPolicyConfig(lmbda=0.0), seed=0, pad=PAD)(None, window, 0)
+    assert same is window[0]
+    assert echo.calls == []
+
+
+def test_with_responses_keeps_the_batch_itself_unchanged():
+    batch = batch_of([([3, 4], [5, 1])])
+    copy = {key: value.clone() for key, value in batch.items()}
+    with_responses(batch, Echo().generate(None, prompts_of(batch), 1, Sampling(), 0), PAD)
+    assert all(torch.equal(batch[key], copy[key]) for key in copy)
