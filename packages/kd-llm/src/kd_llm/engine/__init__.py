@@ -1,0 +1,1 @@
+"""Mathematics and mechanics that several methods share."""

@@ -1,0 +1,1 @@
+"""The transformers side: a Trainer that distils, and the stage that runs it."""
