@@ -32,10 +32,16 @@ Batch = Mapping[str, Any]
 def shifts_labels(model: nn.Module) -> bool:
     """Whether row t predicts label t + 1: decoders yes; encoder-decoders, masked models and classifiers no."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     base = base_model(model)
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
-    return causal and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    loss = LOSS_MAPPING.get(getattr(base, "loss_type", None))
+    if loss is not None:
+        return loss is ForCausalLMLoss
+    names = {cls.__name__ for cls in type(base).__mro__}  # GPT2LMHeadModel and its like name no loss
+    return bool(names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
 
 
 def predicted(batch: Batch, shift: bool) -> Tensor:

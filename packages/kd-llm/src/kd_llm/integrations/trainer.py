@@ -373,3 +373,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LMSetup", "TransformersStage", "training_arguments"):  # the stage imports no transformers by itself
+        from kd_llm.integrations import stage
+
+        return getattr(stage, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
