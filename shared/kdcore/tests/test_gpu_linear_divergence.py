@@ -201,7 +201,7 @@ def test_half_precision_inputs_accumulate_in_float32(kind, dtype):
 
 def test_head_in_half_precision_is_cast_in_vocabulary_blocks(monkeypatch):
     # By sys.modules: the package exports the function under the module's own name.
-    module = sys.modules["kdcore.gpu.linear_divergence"]
+    module = sys.modules["kdcore.gpu._chunks"]
     monkeypatch.setattr(module, "CAST_BYTES", 24 * 4 * 7)  # 7 of 501 rows at a time
     low, (h_t, w_t, _) = problem(n=9, vocab=501, d_s=24, d_t=40, dtype=torch.bfloat16)
     high = [x.detach().float().requires_grad_() for x in low]

@@ -1,11 +1,16 @@
 """KL divergence to a teacher known by its k most probable outputs.
 
-p = softmax(t), q = softmax(z), K is the teacher's support, P = sum_K p, Q = sum_K q. All that is off K is one outcome:
+p = softmax(t), q = softmax(z), K is the teacher's support, P = sum_K p, Q = sum_K q. Three ways to treat what is off K:
 
-    D = sum_K p ln(p/q) + (1-P) ln((1-P)/(1-Q)),        0 <= D <= KL(p, q)        (data processing inequality)
-    dD/dz = q - p on K,  q (1 - (1-P)/(1-Q)) off K
+    mode          D                                                  dD/dz on K       dD/dz off K
+    tail          sum_K p ln(p/q) + (1-P) ln((1-P)/(1-Q))            q - p            q (1 - (1-P)/(1-Q))
+    truncated     sum_K p ln(p/q)                                    P q - p          P q
+    renormalised  KL(p/P, q/Q) on K                                  q/Q - p/P        0
 
-Dropping the second term instead gives something that can be negative and whose minimum is not p.
+tail takes all that is off K as one outcome: 0 <= D <= KL(p, q) (data processing inequality). truncated can be negative
+and its minimum is not p; renormalised does not see how much the student puts off K. Both are there because others use
+them. tau tempers the k + 1 outcomes of tail and truncated, p_i^(1/tau) / sum_j p_j^(1/tau) with the bucket included,
+since the teacher's tail is known as one probability only; in renormalised it tempers the k outcomes, which is exact.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from kdcore.errors import InputError, did_you_mean
 
+MODES = ("tail", "truncated", "renormalised")
 NEVER = -1e4  # stands for ln 0: its exponential is 0 and 0 * NEVER is 0, not NaN
 
 
@@ -89,11 +95,7 @@ def topk_kl(
     # ln(1 - Q) from Q would cancel, and a tail wrong by 1e-7 is (1e-7)^(1/tau) at temperature tau: the rest is summed.
     # The finite mask keeps the gradient of an empty rest (k = V) free of NaN.
     rest = z.scatter(-1, ids, torch.finfo(z.dtype).min / 2).logsumexp(-1, keepdim=True)
-    lq = torch.cat([z.gather(-1, ids), rest], -1)
-    lp = torch.cat([topk.logp.to(z.dtype), topk.log_missing.to(z.dtype).unsqueeze(-1)], -1).detach()
-    # The first log_softmax also takes back the rounding of a cache in half precision: both sides sum to 1.
-    lq, lp = ((x.log_softmax(-1).clamp(min=NEVER) / temperature).log_softmax(-1) for x in (lq, lp))
-    rows = (lp.exp() * (lp - lq)).sum(-1)
+    rows, _ = outcome_divergence(torch.cat([z.gather(-1, ids), rest], -1), topk, "tail", temperature)
     if scale_by_tau2:
         rows = rows * temperature**2
     w = torch.ones_like(rows) if weights is None else weights.to(rows).expand_as(rows)
@@ -101,6 +103,31 @@ def topk_kl(
         return rows * w
     total, mass = (rows * w).sum(), w.sum()
     return total if reduction == "sum" else total / torch.where(mass == 0, 1.0, mass)
+
+
+def outcome_divergence(outcomes: Tensor, topk: TopK, mode: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """D (...) of the student's k + 1 outcomes (..., k + 1), and dD/d(outcomes), detached.
+
+    The outcomes are unnormalised log-probabilities at temperature 1: the logits on the support, then the logsumexp of
+    the rest. The gradient off the support is the last slope times the softmax of the rest. In mode renormalised the
+    last outcome has no part and the last slope is 0.
+    """
+    missing = topk.log_missing.to(outcomes.dtype).unsqueeze(-1)
+    lp = torch.cat([topk.logp.to(outcomes.dtype), missing], -1).detach()
+    lq = outcomes
+    if mode == "renormalised":
+        lq, lp = lq[..., :-1], lp[..., :-1]
+    # The first log_softmax also takes back the rounding of a cache in half precision: both sides sum to 1.
+    lq, lp = ((x.log_softmax(-1).clamp(min=NEVER) / temperature).log_softmax(-1) for x in (lq, lp))
+    p = counted = lp.exp()
+    terms = p * (lp - lq)
+    if mode == "truncated":
+        terms = terms[..., :-1]
+        counted = torch.cat([p[..., :-1], torch.zeros_like(missing)], -1)
+    slope = (counted.sum(-1, keepdim=True) * lq.detach().exp() - counted) / temperature
+    if mode == "renormalised":
+        slope = torch.cat([slope, torch.zeros_like(missing)], -1)
+    return terms.sum(-1), slope
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
