@@ -1,0 +1,68 @@
+"""The transformer blocks of a transformers model and the linear layers inside them.
+
+A stack is an outermost `ModuleList` whose entries hold linear layers: `transformer.h` of GPT-2, `model.layers` of
+Llama, `bert.encoder.layer` of BERT, `encoder.block` and `decoder.block` of T5. Embeddings, final norms and heads lie
+outside of every stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kdcore.errors import InputError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack: `name` and `blocks` of its list, `owner` the module that runs the list (the final norm included)."""
+
+    name: str
+    blocks: nn.ModuleList
+    owner: nn.Module
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.name}." if self.name else ""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A plain linear layer: `nn.Linear`, or transformers' `Conv1D` (GPT-2), whose weight is (in, out)."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is `Conv1D` of transformers; told by its shape attributes so that nothing is imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as a view (out, in)."""
+    weight = module.weight
+    return weight.t() if is_transposed(module) else weight
+
+
+def block_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of `model`, in the order of its modules. Raises InputError when there is none."""
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(stack.prefix) for stack in stacks) or not isinstance(module, nn.ModuleList):
+            continue
+        if len(module) and all(not is_linear(block) and linears(block) for block in module):
+            stacks.append(Stack(name, module, model.get_submodule(name.rpartition(".")[0])))
+    if not stacks:
+        raise InputError(f"model: {type(model).__name__} has no list of transformer blocks with linear layers in it")
+    return stacks
+
+
+def linears(module: nn.Module) -> dict[str, nn.Module]:
+    """Name -> linear layer of every linear layer inside `module`, in the order of its modules."""
+    return {name: child for name, child in module.named_modules() if is_linear(child)}
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> linear layer of every linear layer inside the blocks of `model`."""
+    return {
+        stack.prefix + name: child for stack in block_stacks(model) for name, child in linears(stack.blocks).items()
+    }
