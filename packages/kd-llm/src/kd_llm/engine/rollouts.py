@@ -99,7 +99,7 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """(B, V) probabilities, (B,) uniform in [0, 1) -> (B,) int64: the first token whose cumulative mass exceeds u.
 
-    >>> draw(torch.tensor([[0.2, 0.0, 0.8]]).repeat(3, 1), torch.tensor([0.1, 0.2, 0.99]))
+    >>> draw(torch.tensor([[0.2, 0.0, 0.8]]).repeat(3, 1), torch.tensor([0.1, 0.3, 0.99]))
     tensor([0, 2, 2])
     """
     cumulative = probabilities.cumsum(1)
