@@ -80,7 +80,8 @@ class DistillTrainer(Trainer):
         self.student = self.model  # self.model becomes the wrapped one under FSDP
         objective.prepare(self.student)
         self._check_auxiliary()
-        self.add_callback(_AfterStep(self))
+        # First: what an objective does to the weights comes before averages, validation and checkpoints see them.
+        self.callback_handler.callbacks.insert(0, _AfterStep(self))
 
     def _default_objective(self, teacher: Any, distill: DivergenceArgs | None, tokenizer: Any) -> Objective:
         if teacher is None and distill is None:
