@@ -71,7 +71,7 @@ class DenseRows(Term):
         if self.temperature == 1:
             q = block.take_softmax()
         else:
-            q = z.div_(self.temperature).softmax(1)
+            q = z.mul_(1 / self.temperature).softmax(1)
         p = t.softmax(1)
         divergence, r = dense_divergence(z, t, p, q, self.kind, self.mixing, weight is not None)
         if weight is None:
