@@ -51,7 +51,7 @@ def run(folder: Path, *, resume=False, dropout=0.1, quiet=True, evaluate=True, c
         steps=24,
         batch_size=4,
         accumulation=2,
-        optimizer={"name": "adamw", "lr": 0.01},
+        optimizer={"name": "adamw", "lr": 0.01, "eps": 1e-4},  # key biases have no gradient but rounding
         schedule={"name": "cosine", "warmup_epochs": 0.5},
         checkpoint_every=3,
         log_every=5,
