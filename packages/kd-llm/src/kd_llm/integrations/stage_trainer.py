@@ -163,6 +163,8 @@ class StageTrainer(DistillTrainer):
             "lr": self.optimizer.param_groups[0]["lr"],
             "samples_per_second": round(self.samples / seconds, 1),
         }
+        if hasattr(self.window_hook, "statistics"):
+            record.update(self.window_hook.statistics())
         self.samples, self.since = 0, time.perf_counter()
         self.context.log(**record)
         self._track(record)

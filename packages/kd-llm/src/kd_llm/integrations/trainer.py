@@ -47,7 +47,7 @@ class DistillTrainer(Trainer):
     teacher: a model (it is frozen) or a `TeacherSource`. distill: the divergence; forward KL by default.
     teacher_processing_class: the teacher's tokenizer, needed where the vocabularies have different sizes.
     window_hook: (student, micro-batches, step) -> micro-batches, before the tokens of an optimiser step are counted;
-        on-policy responses come in here.
+        on-policy responses come in here. Its `statistics()`, if it has that method, is logged beside the terms.
     Raises: InputError for a teacher that does not fit the student, and for launchers this cannot run under.
     """
 
@@ -232,6 +232,8 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:
             logs.update(flat(self.meter.means()))
+            if hasattr(self.window_hook, "statistics"):
+                logs.update(self.window_hook.statistics())
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any):
