@@ -8,6 +8,7 @@ outside of every stack.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,11 +17,15 @@ from kdcore.errors import InputError
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack: `name` and `blocks` of its list, `owner` the module that runs the list (the final norm included)."""
+    """One stack: `name` and `blocks` of its list, `owner` the module that runs the list (the final norm included).
+
+    decoder: it is the decoder of an encoder-decoder, whose positions are those of the labels.
+    """
 
     name: str
     blocks: nn.ModuleList
     owner: nn.Module
+    decoder: bool = False
 
     @property
     def prefix(self) -> str:
@@ -46,11 +51,13 @@ def matrix(module: nn.Module) -> Tensor:
 def block_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of `model`, in the order of its modules. Raises InputError when there is none."""
     stacks: list[Stack] = []
+    pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     for name, module in model.named_modules():
         if any(name.startswith(stack.prefix) for stack in stacks) or not isinstance(module, nn.ModuleList):
             continue
         if len(module) and all(not is_linear(block) and linears(block) for block in module):
-            stacks.append(Stack(name, module, model.get_submodule(name.rpartition(".")[0])))
+            owner = model.get_submodule(name.rpartition(".")[0])
+            stacks.append(Stack(name, module, owner, pair and "decoder" in name.split(".")))
     if not stacks:
         raise InputError(f"model: {type(model).__name__} has no list of transformer blocks with linear layers in it")
     return stacks
@@ -66,3 +73,32 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         stack.prefix + name: child for stack in block_stacks(model) for name, child in linears(stack.blocks).items()
     }
+
+
+# ---------------------------------------------------------------- hidden states
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where entry l = 1..L of a model's `hidden_states` comes out: the name of a module; `decoder` as in `Stack`."""
+
+    name: str
+    decoder: bool = False
+
+
+def hidden_layers(model: nn.Module) -> list[Layer]:
+    """The layers of every stack, in order. The last of a stack is its owner's output, after the final norm."""
+    found = []
+    names = {id(module): name for name, module in model.named_modules()}
+    for stack in block_stacks(model):
+        found += [Layer(f"{stack.prefix}{index}", stack.decoder) for index in range(len(stack.blocks) - 1)]
+        found.append(Layer(names[id(stack.owner)], stack.decoder))
+    return found
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states (B, S, d) in what a block or a stack's owner returns."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "last_hidden_state", None)
+    return output[0] if found is None else found

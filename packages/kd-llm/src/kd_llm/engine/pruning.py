@@ -192,7 +192,7 @@ def _without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tens
 def _row_masks(batch: Batch, stack: Stack) -> tuple[Tensor, ...]:
     """Masks (B, S) of the real positions, the stack's own first."""
     masks = [batch["attention_mask"].bool()] if "attention_mask" in batch else []
-    if "decoder" in stack.name.split("."):
+    if stack.decoder:
         if "decoder_attention_mask" in batch:
             masks.insert(0, batch["decoder_attention_mask"].bool())
         elif "labels" in batch:

@@ -1,0 +1,236 @@
+"""Sparse Finetuning for Inference Acceleration of Large Language Models (arXiv 2310.06927, 2023).
+
+The student is the teacher itself, a dense model finetuned on the task, with most weights set to zero by a one-shot
+pruner and kept there by a mask. Finetuning on the labels alone does not bring it back at high sparsity. SquareHead
+does: the squared distance to the teacher's hidden states at every block, each relative to their size, so that every
+block counts the same. With h^l the hidden states after block l = 1..L (the last after the final norm), A the attention
+mask, U = {(b, s): A = 1} the real positions, d the width:
+
+    MSE_l = mean over U x d of (h_S^l - h_T^l)^2,     M_l = mean over U x d of (h_T^l)^2                             (1)
+    L_sq  = sum over l of MSE_l / (M_l + eps),        eps = 2^-7, the machine epsilon of bfloat16                    (2)
+    L_kl  = T^2 * mean over the predicted tokens of KL( softmax(z_T / T) || softmax(z_S / T) )                       (3)
+    L     = c_ce CE(z_S, y) + c_kl L_kl + c_sq L_sq                                                                  (4)
+    W    <- W * mask   after each optimiser step, for every pruned W; neither gradients nor moments are masked       (5)
+    dL_sq / dh_S^l = 2 (h_S^l - h_T^l) / (|U| d (M_l + eps)) on U, 0 on padding                                      (6)
+
+The prompt counts in (2), not in (3) and the cross-entropy. The paper's runs have c = (1, 0, 1); its baselines are
+(1, 1, 0), standard distillation, and (1, 0, 0). The numbers of the equations are this file's.
+
+Pruned is every linear layer inside the transformer blocks, by SparseGPT on text of the task (`kd_llm.engine.sparse`).
+Teacher frozen, in eval mode. Embeddings, norms, biases, head and what is left of the matrices train. What ships is the
+student: the teacher's class with exact zeros, `masks.safetensors` and `sparsity.json` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kd_llm.engine.blocks import Layer, hidden_layers, hidden_of
+from kd_llm.engine.masks import MaskedWeights
+from kd_llm.engine.objective import DivergenceArgs, StudentCall, TokenObjective
+from kd_llm.engine.rows import IGNORE, predicted, row_weights, segments
+from kd_llm.engine.sparse import Pattern
+from kd_llm.engine.teachers import LocalTeacher, TeacherSource
+from kd_llm.engine.token_loss import token_terms
+from kdcore.config import MethodConfig
+from kdcore.distiller import LossTerms
+from kdcore.errors import InputError
+from kdcore.taps import FeatureTap
+
+Batch = Mapping[str, Any]
+EPS = torch.finfo(torch.bfloat16).eps  # source: train_sparse.py of the authors, whatever the training's dtype is
+
+
+class SparseFinetuningConfig(MethodConfig):
+    sparsity: float | str = Field(
+        0.5, description="share of zeros in every pruned matrix, or an N:M pattern, in quotes in YAML: '2:4'"
+    )
+    pruner: Literal["sparsegpt", "magnitude"] = Field("sparsegpt", description="the one-shot pruner")
+    calibration: int = Field(128, ge=1, description="training sequences that SparseGPT is calibrated on")
+    one_by_one: bool = Field(False, description="calibrate the layers inside a block one after the other")
+    block: int = Field(128, ge=1, description="columns of a matrix whose mask SparseGPT chooses together")
+    damping: float = Field(0.01, gt=0, description="of SparseGPT's Hessian, relative to its mean diagonal")
+    c_ce: float = Field(1.0, ge=0, description="weight of the cross-entropy on the labels")
+    c_kl: float = Field(0.0, ge=0, description="weight of the divergence to the teacher's outputs")
+    c_sq: float = Field(1.0, ge=0, description="weight of SquareHead, a sum over the blocks")
+    temperature: float = Field(1.0, gt=0, description="T of the divergence")
+    normalise: bool = Field(True, description="SquareHead; False: the sum of the plain mean squared errors")
+
+    @field_validator("sparsity")
+    @classmethod
+    def _is_a_pattern(cls, value: float | str) -> float | str:
+        if isinstance(value, int | float) and value >= 1:
+            raise ValueError("must be below 1; an N:M pattern needs quotes, as YAML reads a bare 2:4 as a number")
+        Pattern.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> SparseFinetuningConfig:
+        if self.c_ce == self.c_kl == self.c_sq == 0:
+            raise ValueError("c_ce, c_kl and c_sq are all 0: nothing to minimise")
+        return self
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.sparsity)
+
+
+# ---------------------------------------------------------------- losses
+
+
+class _RelativeError(torch.autograd.Function):
+    """MSE_l / (M_l + eps) of one block, eqs. (1) and (2). Keeps one tensor for the backward pass, the difference."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, real: Tensor, eps: float, normalise: bool) -> Tensor:
+        padding = ~real.unsqueeze(-1)
+        wide = torch.promote_types(student.dtype, torch.float32)
+        difference = (student - teacher.to(student.dtype)).masked_fill(padding, 0)
+        count = real.sum().to(wide).clamp(min=1) * student.shape[-1]
+        size = teacher.to(wide).masked_fill(padding, 0).square().sum() / count if normalise else 1 - eps
+        scale = 1 / (count * (size + eps))
+        ctx.save_for_backward(difference, scale)
+        return difference.to(wide).square().sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        difference, scale = ctx.saved_tensors
+        return difference * (2 * grad * scale).to(difference.dtype), None, None, None, None
+
+
+def relative_error(
+    student: Tensor, teacher: Tensor, real: Tensor, *, eps: float = EPS, normalise: bool = True
+) -> Tensor:
+    """One block's term of SquareHead, eqs. (1) and (2): MSE_l / (M_l + eps), a scalar in float32 or better.
+
+    Hidden states (B, S, d), `real` (B, S) bool marks the positions that count; what the others hold, NaN included, is
+    not read. No gradient reaches the teacher. normalise=False is the mean squared error itself.
+    A batch without a real position gives 0. Raises InputError for shapes that differ.
+    """
+    if student.shape != teacher.shape or student.shape[:-1] != real.shape:
+        shapes = f"{tuple(student.shape)}, {tuple(teacher.shape)}, {tuple(real.shape)}"
+        raise InputError(f"student, teacher, real: shapes {shapes}; allowed: (B, S, d), (B, S, d), (B, S)")
+    return _RelativeError.apply(student, teacher.detach(), real.bool(), eps, normalise)
+
+
+def real_positions(batch: Batch, layer: Layer) -> Tensor:
+    """U of eq. (1) as a mask (B, S): tokens that are no padding, each once.
+
+    By the attention mask; in packed batches, which have none, the documents that predict anything (their padding is
+    one that does not); in an encoder-decoder's decoder, the positions with a label.
+    """
+    if layer.decoder:
+        mask = batch.get("decoder_attention_mask")
+        return batch["labels"] != IGNORE if mask is None else mask.bool()
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    if "position_ids" not in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    numbers = segments(batch)
+    return torch.isin(numbers, numbers[predicted(batch, shift=True)])
+
+
+class SquareHead:
+    """L_sq of eq. (2) between a student and a teacher of one architecture, by hooks on both.
+
+        with head.student(): run the student
+        with head.teacher(batch) as terms: run the teacher, without gradient
+        sum(terms)
+
+    The student runs first: its hidden states are kept by its own backward pass anyway. Each of the teacher's becomes a
+    term as soon as it exists and is dropped, so that no list of them is ever held.
+    Raises InputError where the two do not have the same layers.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, *, eps: float = EPS, normalise: bool = True):
+        self.layers, self.eps, self.normalise = hidden_layers(student), eps, normalise
+        theirs = hidden_layers(teacher)
+        if self.layers != theirs:
+            raise InputError(
+                f"teacher: {len(theirs)} blocks in {type(teacher).__name__}, the student has {len(self.layers)} in "
+                f"{type(student).__name__}; SquareHead compares a network with its own sparse copy"
+            )
+        names = [layer.name for layer in self.layers]
+        self.tap = FeatureTap(student, names, select=hidden_of)
+        self.modules = [teacher.get_submodule(name) for name in names]
+
+    @contextmanager
+    def student(self) -> Iterator[None]:
+        """Inside, the student's forward pass is read; its hidden states stay until the teacher's has run."""
+        with self.tap:
+            yield
+
+    @contextmanager
+    def teacher(self, batch: Batch) -> Iterator[list[Tensor]]:
+        """Inside, the teacher's forward pass fills the list with MSE_l / (M_l + eps), l = 1..L."""
+        terms: list[Tensor] = []
+        states = self.tap.as_dict()
+        self.tap.clear()
+        with ExitStack() as hooks:
+            for layer, module in zip(self.layers, self.modules, strict=True):
+
+                def compare(module: nn.Module, args: Any, output: Any, layer: Layer = layer) -> None:
+                    student = states.pop(layer.name)
+                    with torch.enable_grad():  # the teacher runs without
+                        terms.append(self._term(student, hidden_of(output), real_positions(batch, layer)))
+
+                hooks.callback(module.register_forward_hook(compare).remove)
+            yield terms
+
+    def _term(self, student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
+        return relative_error(student, teacher, real, eps=self.eps, normalise=self.normalise)
+
+
+# ---------------------------------------------------------------- the objective
+
+
+class SparseFinetuning(TokenObjective):
+    """Eqs. (4) and (5). `masks` are by parameter name of the student, bool, True where a weight may differ from 0."""
+
+    name = "sparse_finetuning"
+
+    def __init__(self, teacher: TeacherSource | None, args: SparseFinetuningConfig, masks: Mapping[str, Tensor]):
+        self.has_token_terms = args.c_ce > 0 or args.c_kl > 0
+        hard = args.c_ce if self.has_token_terms else 1.0  # SquareHead alone: the token terms are left out below
+        super().__init__(teacher, DivergenceArgs(soft_weight=args.c_kl, hard_weight=hard, temperature=args.temperature))
+        if args.c_sq > 0 and not isinstance(teacher, LocalTeacher):
+            raise InputError("c_sq: SquareHead needs the teacher itself, not its cached or served outputs")
+        self.c_sq, self.normalise, self.masks = args.c_sq, args.normalise, masks
+        self.head: SquareHead | None = None
+        self.weights: MaskedWeights | None = None
+
+    def prepare(self, student: nn.Module) -> None:
+        super().prepare(student)
+        self.weights = MaskedWeights(student, self.masks)
+        self.weights.apply()
+        if self.c_sq > 0:
+            self.head = SquareHead(student, self.teacher.model, normalise=self.normalise)
+
+    def loss(self, call: StudentCall, batch: Batch, items: Tensor | int | None) -> LossTerms:
+        if self.head is None:
+            return super().loss(call, batch, items)
+        with self.head.student():
+            rows = call.hidden_rows(batch)
+        with self.head.teacher(batch) as errors:
+            signal, _ = self.teacher.run(batch, rows)
+        terms = LossTerms()
+        if self.has_token_terms:
+            args, items_here = self.args, self.count(batch) if items is None else items
+            signal = signal if args.soft_weight > 0 else None
+            weights = row_weights(batch, rows.index, items_here)
+            terms = token_terms(
+                rows, signal, weights, args.kind(), args.soft_weight, args.hard_weight, vocabulary=self.vocabulary
+            )
+        terms["squarehead"] = (self.c_sq, torch.stack(errors).sum() * self.share(batch, items))
+        return terms
+
+    def on_step_end(self, trainer: Any) -> None:
+        self.weights.apply()
