@@ -35,7 +35,7 @@ class HeadRows:
 
 
 BlockLoss = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(student logits (C, V), teacher logits (C, V), block number) -> (scalar sum over rows, statistics (K,) to be summed)."""
+"""(student logits (C, V), teacher logits (C, V), block number) -> (scalar sum over rows, statistics (K,) to sum)."""
 
 
 def row_blocks(rows: int, vocabulary: int, device: torch.device, bytes_per_value: int = 4) -> list[Tensor]:

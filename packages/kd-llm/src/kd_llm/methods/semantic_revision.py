@@ -1,0 +1,393 @@
+"""Multi-Granularity Semantic Revision for Large Language Model Distillation (arXiv 2407.10068, 2024).
+
+A teacher's view of what the student generates is repaired at three levels. With p_i and q_i the next-token
+distributions of teacher and student at response position i over V tokens:
+
+    sequence, SCRG:  y^t_i = argmax_v p_i(v),  D_i = KL(p_i || q_i),  j = argmax_{i : y_i != y^t_i} D_i              (1)
+                     y <- [y_<j, y^t_j, a fresh continuation by the student]                                        (2)
+    token, DAC-KL:   (a, b) = sigmoid(f(phi_i)),  l = l_max a,  u = 1 - (1 - u_min) b                                (3)
+                     K_i = {v : l <= rho_i(v) <= u} + {the target token} + {the k_min most likely tokens}            (4)
+                     L_dac = mean_i KL(p_i / p_i(K_i) || q_i / q_i(K_i))  on K_i                                     (5)
+    span:            L_span = mean over neighbours i, i+1 in a chunk of sum_v (p_i p_{i+1} - q_i q_{i+1})_v^2        (6)
+
+    L = L_SFT + L_dac + L_span                                                                                       (7)
+
+rho_i(v) in (0, 1] is the ascending rank of p_i(v) among the V tokens divided by V: 1 is the most likely one. L_SFT is
+the cross-entropy on the data's responses. L_dac and L_span are on responses of the data, of the student (revised by
+SCRG as they come) or of a replay buffer, chosen as in DistiLLM (`kd_llm.engine.replay`). The paper gives the levels
+and (7); the numbers of the equations are this file's.
+
+Ours, since no code is public: phi_i, the log-probabilities of the teacher's 32 most likely tokens under both models
+(constants); f, an MLP 64-64-2; k_min, without which (l, u) could make (5) vanish by keeping one token; and the gradient
+of f, straight through: m = 1_K in (5) has the derivative of sigmoid((rho - l)/tau) sigmoid((u - rho)/tau) on tokens
+that the band alone decides on.
+
+f trains with the student and is dropped. Logits exist for a few rows at a time (`kd_llm.engine.chunked`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kd_llm.engine.chunked import HeadRows, chunked_loss, row_blocks
+from kd_llm.engine.heads import head_of
+from kd_llm.engine.objective import Objective, StudentCall, run_body
+from kd_llm.engine.onpolicy import IGNORE, with_responses
+from kd_llm.engine.replay import OffPolicyConfig, StudentResponses
+from kd_llm.engine.revision import Reviser, sides
+from kd_llm.engine.rollouts import Rollout, Rollouts, Sampling, evaluating
+from kd_llm.engine.rows import predicted, row_weights
+from kd_llm.engine.spans import Chunker, ChunkerName, chunker, response_spans
+from kd_llm.engine.teachers import TeacherSource
+from kd_llm.engine.token_loss import Divergence, token_terms
+from kdcore.config import Config, MethodConfig
+from kdcore.data import mix
+from kdcore.distiller import LossTerms
+from kdcore.errors import InputError
+
+FEATURES = 32  # most likely tokens that f sees
+Batch = Mapping[str, Any]
+
+
+class ClipConfig(Config):
+    """Which tokens (5) compares."""
+
+    bounds: tuple[float, float] | None = Field(
+        None, description="fixed edges (l, u) of the band; None: f predicts them, (0, 1) keeps every token: forward KL"
+    )
+    l_max: float = Field(0.999, gt=0, le=1, description="largest lower edge")
+    u_min: float = Field(0.999, gt=0, lt=1, description="smallest upper edge")
+    k_min: int = Field(8, ge=1, description="most likely tokens that are always kept")
+    hidden: int = Field(64, ge=1, description="width of f")
+    softness: float = Field(0.01, gt=0, description="tau of the soft mask, in ranks as a share of the vocabulary")
+
+    @model_validator(mode="after")
+    def _a_band(self) -> ClipConfig:
+        if self.bounds is not None and not 0 <= self.bounds[0] < self.bounds[1] <= 1:
+            raise ValueError(f"bounds = {self.bounds}: allowed: 0 <= l < u <= 1")
+        if self.l_max > self.u_min:
+            raise ValueError(f"l_max = {self.l_max}: must not be above u_min = {self.u_min}, or the edges could cross")
+        return self
+
+
+class SemanticRevisionConfig(MethodConfig):
+    """The weights, the frequency and the kind of chunks are the paper's; `clip` is ours, `off_policy` is DistiLLM's."""
+
+    sft_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy on the data's responses")
+    dac_weight: float = Field(1.0, ge=0, description="weight of DAC-KL (5)")
+    span_weight: float = Field(1.0, ge=0, description="weight of the span loss (6)")
+    frequency: int = Field(1, ge=0, description="how often SCRG revises a new response; 0 leaves it as it is")
+    chunker: ChunkerName = Field("auto", description="chunks of (6): nltk's phrases where installed, else word runs")
+    clip: ClipConfig = Field(default_factory=lambda: ClipConfig.model_validate({}), description="DAC-KL's kept set")
+    off_policy: OffPolicyConfig = Field(
+        default_factory=lambda: OffPolicyConfig.model_validate({}), description="whose responses (5) and (6) are on"
+    )
+    sampling: Sampling = Field(
+        default_factory=lambda: Sampling.model_validate({}), description="of the student; its length limits y of (2)"
+    )
+    prompt_tokens: int | None = Field(
+        None, ge=1, description="for text without prompts: how many of its first tokens serve as the prompt"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> SemanticRevisionConfig:
+        if self.sft_weight == self.dac_weight == self.span_weight == 0:
+            raise ValueError("sft_weight, dac_weight and span_weight are all 0: at least one must be above")
+        return self
+
+
+# ---------------------------------------------------------------- DAC-KL
+
+
+class ClipNetwork(nn.Module):
+    """f of (3): the log-probabilities of the teacher's F most likely tokens under both models -> edges l, u (C,)."""
+
+    def __init__(self, features: int, config: ClipConfig):
+        super().__init__()
+        self.features, self.l_max, self.u_min = features, config.l_max, config.u_min
+        self.layers = nn.Sequential(nn.Linear(2 * features, config.hidden), nn.GELU(), nn.Linear(config.hidden, 2))
+
+    def forward(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's logits (C, V), which are constants here -> l, u."""
+        ids = t.topk(self.features, dim=1).indices
+        seen = [x.detach().log_softmax(1).gather(1, ids) for x in (t, z)]
+        a, b = self.layers(torch.cat(seen, 1).to(self.layers[0].weight.dtype)).sigmoid().unbind(1)
+        return self.l_max * a, 1 - (1 - self.u_min) * b
+
+
+def kept_set(t: Tensor, target: Tensor, low: Tensor, high: Tensor, k_min: int, softness: float = 0.01) -> Tensor:
+    """1_K of (4), with the gradient of the soft band where only the band decides.
+
+    Teacher's logits (or log-probabilities) t (C, V), target (C,), edges low, high (C,) -> mask (C, V) of t's type.
+
+    >>> p = torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]])
+    >>> kept_set(p, torch.tensor([0]), torch.tensor([0.3]), torch.tensor([0.9]), 0)
+    tensor([[1., 1., 1., 1., 0.]])
+    """
+    vocabulary = t.shape[1]
+    rank = torch.empty(t.shape, dtype=torch.int64, device=t.device)
+    rank.scatter_(1, t.argsort(dim=1, stable=True), torch.arange(1, vocabulary + 1, device=t.device).expand_as(rank))
+    rho = rank.to(t.dtype) / vocabulary
+    forced = (rank > vocabulary - k_min).scatter(1, target.unsqueeze(1), True)
+    low, high = low.to(t.dtype).unsqueeze(1), high.to(t.dtype).unsqueeze(1)
+    mask = (forced | ((rho >= low) & (rho <= high))).to(t.dtype)
+    if not (low.requires_grad or high.requires_grad):
+        return mask
+    soft = torch.sigmoid((rho - low) / softness) * torch.sigmoid((high - rho) / softness)
+    return mask + (soft - soft.detach()).masked_fill(forced, 0.0)
+
+
+def clipped_kl(z: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+    """Row values (C,) of (5): KL(p m / P || q m / Q), with P = sum p m and Q = sum q m, for logits z, t (C, V).
+
+    m cancels inside the logarithm, so the value is (sum p m ln(p/q)) / P - ln P + ln Q and has a derivative in m
+    everywhere. Its gradient in z is q m / Q - p m / P, which is 0 off K; t is a constant.
+
+    >>> p, q = torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]]), torch.tensor([[0.3, 0.3, 0.2, 0.1, 0.1]])
+    >>> round(clipped_kl(q.log(), p.log(), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])).item(), 6)
+    0.071194
+    """
+    # Any constant may be taken from z, since (5) normalises: the largest kept logit, because the kept mass of q may be
+    # tiny. What K leaves out has m = 0 and any size; the bound keeps it finite.
+    lp, lq = t.detach().log_softmax(1), z - z.detach().masked_fill(mask.detach() == 0, -torch.inf).amax(1, keepdim=True)
+    pm, qm = lp.exp() * mask, lq.clamp(max=80).exp() * mask
+    kept = pm.sum(1)
+    ratio = (lp - lq).masked_fill(lp == -torch.inf, 0.0)
+    return (pm * ratio).sum(1) / kept - kept.log() + qm.sum(1).log()
+
+
+# ---------------------------------------------------------------- spans
+
+
+def span_products(z: Tensor, t: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """sum_v (p_a p_b - q_a q_b)^2 of (6) for rows a = first, b = second (P,) of logits z, t (C, V) -> (P,)."""
+    p, q = t.detach().softmax(1), z.softmax(1)
+    return (p[first] * p[second] - q[first] * q[second]).square().sum(1)
+
+
+def neighbours(spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """Pairs (sample, position), position and position + 1 inside one chunk: (P, 2) int64.
+
+    >>> neighbours([[(3, 5)], [(1, 1)], [(0, 1)]])
+    tensor([[0, 3],
+            [0, 4],
+            [2, 0]])
+    """
+    pairs = [(row, i) for row, some in enumerate(spans) for first, last in some for i in range(first, last)]
+    return torch.tensor(sorted(set(pairs)), dtype=torch.int64).reshape(-1, 2)
+
+
+# ---------------------------------------------------------------- the objective
+
+RESPONSE = ("response_ids", "response_mask", "response_labels")
+
+
+class SemanticRevision(Objective):
+    """Equation (7). `window` chooses, samples and revises the responses of an optimiser step before it is counted.
+
+    Args:
+        teacher: a source of whole distributions. tokenizer: of both models; it finds the chunks.
+        validation: batches of held-out data for the adaptive probability; empty: it stays at its initial value.
+        rank: this process's number, so that processes sample apart.
+    Its checkpoint state is the replay buffer, the probability and f.
+    """
+
+    name = "semantic_revision"
+
+    def __init__(
+        self,
+        teacher: TeacherSource,
+        args: SemanticRevisionConfig,
+        *,
+        rollouts: Rollouts,
+        tokenizer: Any,
+        seed: int,
+        validation: Sequence[Batch] = (),
+        rank: int = 0,
+        chunk: Chunker | None = None,
+    ):
+        super().__init__()
+        self.teacher, self.args, self.rollouts, self.tokenizer = teacher, args, rollouts, tokenizer
+        self.validation = list(validation)
+        self.chunk = chunk or chunker(args.chunker)
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.reviser = Reviser(rollouts, teacher, args.sampling, pad=self.pad, eos=[tokenizer.eos_token_id])
+        self.responses = StudentResponses(
+            rollouts,
+            args.off_policy,
+            args.sampling,
+            seed=seed,
+            rank=rank,
+            prompt_tokens=args.prompt_tokens,
+            revise=self.revise,
+        )
+        self.learns_edges = args.clip.bounds is None and args.dac_weight > 0
+        if self.learns_edges:
+            self.auxiliary["clip"] = ClipNetwork(min(FEATURES, teacher.num_outputs), args.clip)
+
+    def prepare(self, student: nn.Module) -> None:
+        super().prepare(student)
+        self.teacher.prepare(student)
+        if not head_of(student).linear:
+            raise InputError("student: its output head is not linear; allowed: models with a linear one")
+
+    # ------------------------------------------------------------ responses
+
+    def window(self, student: nn.Module, batches: Sequence[Batch], step: int) -> Sequence[Batch]:
+        """Adds to each micro-batch the responses that (5) and (6) are on (none: its own), and the chunks in them."""
+        if self.responses.probability.reference is None and self.validation:
+            self.responses.probability.observe(self.validation_loss(student))
+        chosen = self.responses.choose(student, batches, step)
+        made = [{**batch, **self._described(batch, rollouts)} for batch, rollouts in zip(batches, chosen, strict=True)]
+        counts = torch.tensor([[self.count(response(b)), len(b["span_pairs"])] for b in made]).sum(0)
+        counts = counts.to(made[0]["input_ids"].device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        return [{**batch, "response_items": counts[0], "span_items": counts[1]} for batch in made]
+
+    def revise(self, student: nn.Module, made: Sequence[Rollout], seed: int) -> list[Rollout]:
+        """SCRG, `frequency` times."""
+        made = list(made)
+        for again in range(self.args.frequency):
+            made = self.reviser(student, made, mix(seed, again + 1))
+        return made
+
+    def _described(self, batch: Batch, rollouts: Sequence[Rollout] | None) -> dict[str, Tensor]:
+        """The keys that a micro-batch gains: its responses where they are not its own, and `span_pairs` (P, 2)."""
+        found: dict[str, Tensor] = {}
+        if rollouts is not None:
+            rebuilt = with_responses({"input_ids": batch["input_ids"]}, rollouts, self.pad)
+            found = dict(zip(RESPONSE, (rebuilt["input_ids"], rebuilt["attention_mask"], rebuilt["labels"])))
+        if self.args.span_weight == 0:
+            return {**found, "span_pairs": torch.zeros(0, 2, dtype=torch.int64)}
+        parts = _pieces(batch, self.tokenizer.eos_token_id) if rollouts is None else [
+            (r.ids.tolist(), r.completion_start, len(r.ids), not r.finished) for r in rollouts
+        ]  # fmt: skip
+        spans = [
+            response_spans(self.tokenizer, ids, start, stop, chunk=self.chunk, cut=open_end)
+            for ids, start, stop, open_end in parts
+        ]
+        return {**found, "span_pairs": neighbours(spans).to(batch["input_ids"].device)}
+
+    @torch.no_grad()
+    def validation_loss(self, student: nn.Module) -> float:
+        """Mean cross-entropy on the validation batches, in nats per token."""
+        device = next(student.parameters()).device
+        batches = [{key: value.to(device) for key, value in batch.items()} for batch in self.validation]
+        total, tokens = 0.0, 0
+        with evaluating(student):
+            for batch in batches:
+                rows = run_body(student, batch, predicted(batch, self.shift).nonzero(), self.shift)
+                ones = torch.ones(len(rows.labels), device=device)
+                total += float(token_terms(rows, None, ones, Divergence(), hard_weight=1.0).total())
+                tokens += len(rows.labels)
+        return total / max(1, tokens)
+
+    def on_step_end(self, trainer: Any) -> None:
+        self.responses.steps = int(trainer.state.max_steps)
+        if self.validation and trainer.state.global_step % self.args.off_policy.every == 0:
+            self.responses.probability.observe(self.validation_loss(trainer.student))
+
+    def extra_state(self) -> dict[str, Any]:
+        return self.responses.state()
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.responses.load_state(state)
+
+    # ------------------------------------------------------------ the loss
+
+    def loss(self, call: StudentCall, batch: Batch, items: Tensor | int | None) -> LossTerms:
+        args, other = self.args, response(batch)
+        own = other is not batch
+        rows = call.hidden_rows(batch) if args.sft_weight or not own else None
+        terms = LossTerms()
+        if rows is not None and args.sft_weight:
+            weights = row_weights(batch, rows.index, self.count(batch) if items is None else items)
+            sft = token_terms(rows, None, weights, Divergence(), hard_weight=args.sft_weight)
+            terms["sft"] = (args.sft_weight, sft["hard"][1])
+        revised = call.hidden_rows(other) if own or rows is None else rows
+        mine, theirs = sides(revised, self.teacher.signal(other, revised))
+        count = batch["response_items"] if "response_items" in batch else self.count(other)
+        weights = row_weights(other, revised.index, count)
+        dac, (fraction, mass) = self.dac(mine, theirs, revised.labels, weights)
+        terms["dac"] = (args.dac_weight, dac)
+        terms["span"] = (args.span_weight, self.span(mine, theirs, revised.index, batch))
+        terms["kept_share"], terms["kept_mass"] = (0.0, fraction), (0.0, mass)
+        terms["student_share"] = (0.0, self.share(batch, items) * torch.as_tensor(float(own), device=dac.device))
+        return terms
+
+    def dac(self, mine: HeadRows, theirs: HeadRows, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_i w_i of (5), and of the rows: the kept share |K| / V and the teacher's kept mass."""
+        clip = self.args.clip
+        network = self.auxiliary["clip"] if self.learns_edges else None
+        vocabulary = len(mine.weight)
+        blocks = row_blocks(len(labels), vocabulary, labels.device)
+
+        def block(z: Tensor, t: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            some = blocks[number]
+            low, high = (
+                network(z, t) if network is not None else z.new_tensor(clip.bounds or (0, 1)).expand(len(z), 2).T
+            )
+            target = labels[some].clamp(max=vocabulary - 1)
+            mask = kept_set(t, target, low, high, clip.k_min, clip.softness)
+            w = weights[some].to(z.dtype)
+            kept = torch.stack([mask.detach().mean(1), (t.softmax(1) * mask.detach()).sum(1)])
+            return (clipped_kl(z, t, mask) * w).sum(), kept @ w
+
+        parameters = () if network is None else tuple(network.parameters())
+        return chunked_loss(mine, theirs, blocks, block, parameters=parameters, statistics=2)
+
+    def span(self, mine: HeadRows, theirs: HeadRows, index: Tensor, batch: Batch) -> Tensor:
+        """(6) over the pairs of the batch that both are predicted, as a part of the optimiser step's mean."""
+        pairs = batch.get("span_pairs")
+        first, second = (index[:0, 0],) * 2 if pairs is None else rows_of(pairs, index, int(self.shift))
+        total = max(1, len(first)) if "span_items" not in batch else batch["span_items"].clamp(min=1)
+        size = max(1, len(row_blocks(1 << 20, len(mine.weight), first.device)[0]) // 2)
+        rows, places = [], []
+        for a, b in zip(first.split(size), second.split(size)):
+            some, where = torch.cat([a, b]).unique(return_inverse=True)
+            rows.append(some)
+            places.append(where.split(len(a)))
+        if not len(first):
+            rows = []
+
+        def block(z: Tensor, t: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            return span_products(z, t, *places[number]).sum() / total, z.new_zeros(0)
+
+        return chunked_loss(mine, theirs, rows, block)[0]
+
+
+def response(batch: Batch) -> Batch:
+    """What (5) and (6) are on: the batch that `window` added, or the batch itself."""
+    if RESPONSE[0] not in batch:
+        return batch
+    return dict(zip(("input_ids", "attention_mask", "labels"), (batch[key] for key in RESPONSE)))
+
+
+def rows_of(pairs: Tensor, index: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows `index` (N, 2) that predict the tokens at (sample, position) and one further, (P,) each."""
+    width = int(max(index[:, 1].max() if len(index) else 0, pairs[:, 1].max() if len(pairs) else 0)) + 3
+    known = index[:, 0] * width + index[:, 1] + shift
+    found = []
+    for step in (0, 1):
+        wanted = pairs[:, 0] * width + pairs[:, 1] + step
+        place = torch.searchsorted(known, wanted).clamp(max=max(0, len(known) - 1))
+        found.append((place, known[place] == wanted if len(known) else torch.zeros_like(wanted, dtype=torch.bool)))
+    (first, has_first), (second, has_second) = found
+    both = has_first & has_second
+    return first[both], second[both]
+
+
+def _pieces(batch: Batch, eos: int) -> list[tuple[list[int], int, int, bool]]:
+    """Ids, first and past-the-last position of the data's responses, and whether they were cut off."""
+    pieces = []
+    for ids, labels in zip(batch["input_ids"].tolist(), (batch["labels"] != IGNORE).tolist(), strict=True):
+        places = [i for i, learned in enumerate(labels) if learned] or [0]
+        start, stop = places[0], places[-1] + 1
+        pieces.append((ids[:stop], start, stop, ids[stop - 1] != eos))
+    return pieces
