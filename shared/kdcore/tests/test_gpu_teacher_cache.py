@@ -300,3 +300,24 @@ def test_data_fingerprint_is_stable_and_tells_parts_apart(tmp_path):
     assert data_fingerprint({"a": 1, "b": 2}) == data_fingerprint({"b": 2, "a": 1})
     with pytest.raises(InputError, match=r"^data_fingerprint: given object"):
         data_fingerprint(object())
+
+
+def test_top_k_taken_elsewhere_is_stored_as_if_from_logits(tmp_path):
+    logits = [torch.randn(3, 12), torch.randn(5, 12)]
+    options = {"kind": "topk", "k": 4, "num_outputs": 12, "teacher": "t", "data": "d", "sequences": True}
+    with TeacherCache.create(tmp_path / "a", **options) as writer:
+        writer.add([0, 1], logits)
+    with TeacherCache.create(tmp_path / "b", **options) as writer:
+        assert writer.add_topk([0, 1], [TopK.from_logits(x, 4) for x in logits]) == 2
+        assert writer.add_topk([1], [TopK.from_logits(logits[1], 4)]) == 0
+        assert len(writer) == 2
+        with pytest.raises(InputError, match=r"rows of key 2: given \[\(3, 5\)"):
+            writer.add_topk([2], [TopK.from_logits(logits[0], 5)])
+    a, b = (TeacherCache.open(tmp_path / name) for name in "ab")
+    for key in (0, 1):
+        assert torch.equal(a[key].ids, b[key].ids)
+        assert torch.equal(a[key].logp, b[key].logp)
+        assert torch.equal(a[key].log_missing, b[key].log_missing)
+    full = TeacherCache.create(tmp_path / "c", kind="full", num_outputs=12, teacher="t", data="d")
+    with pytest.raises(InputError, match="add_topk: allowed for"):
+        full.add_topk([0], [TopK.from_logits(logits[0], 4)])

@@ -201,7 +201,7 @@ def write_cache(
     *,
     k: int = 64,
     shard_size: int = 256,
-    rows_per_product: int = 1024,
+    chunk_bytes: int = 2**28,
 ) -> dict[str, Any]:
     """The teacher's top-k on every predicting row, for `CachedTeacher`; goes on where a killed one stopped.
 
@@ -234,24 +234,26 @@ def write_cache(
             new = torch.tensor([key not in writer for key in keys])
             if bool(new.any()):
                 part = {key: value[new].to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-                _write(writer, source, part, shift, rows_per_product)
+                _write(writer, source, part, shift, max(1, chunk_bytes // (4 * num_outputs)))
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return {"examples": len(writer._stored), "rows": rows, "k": k, "bytes": size, "folder": str(folder)}
+    return {"examples": len(writer), "rows": rows, "k": k, "bytes": size, "folder": str(folder)}
 
 
-def _write(writer: Any, source: LocalTeacher, batch: Batch, shift: bool, rows_per_product: int) -> None:
+def _write(writer: Any, source: LocalTeacher, batch: Batch, shift: bool, chunk: int) -> None:
     from kd_llm.engine.objective import run_body
 
     index = r.predicted(batch, shift).nonzero()
+    if not len(index):
+        return
     with torch.no_grad():
         found = run_body(source.model, batch, index, shift)
-        parts = found.hidden.split(index[:, 0].bincount(minlength=len(batch["example"])).tolist())
-        keys = batch["example"].tolist()
-        for key, part in zip(keys, parts, strict=True):
-            if not len(part):
-                continue
-            logits = torch.cat([_logits(found, rows) for rows in part.split(rows_per_product)])
-            writer.add([key], [logits])
+        k = writer.header["k"]
+        tops = [TopK.from_logits(_logits(found, rows), k) for rows in found.hidden.split(chunk)]
+    ids, logp, missing = (torch.cat([getattr(top, x) for top in tops]) for x in ("ids", "logp", "log_missing"))
+    lengths = index[:, 0].bincount(minlength=len(batch["example"])).tolist()
+    parts = zip(batch["example"].tolist(), ids.split(lengths), logp.split(lengths), missing.split(lengths), strict=True)
+    kept = [(key, TopK(*top)) for key, *top in parts if len(top[0])]
+    writer.add_topk([key for key, _ in kept], [top for _, top in kept])
 
 
 def _logits(found: HiddenRows, rows: Tensor) -> Tensor:

@@ -202,10 +202,7 @@ class CacheWriter:
 
     def add(self, keys: Sequence[Key] | Tensor, logits: Tensor | Sequence[Tensor]) -> int:
         """Stores teacher logits (n, C), or one (L, C) tensor per key for sequences; returns how many keys were new."""
-        keys = _key_list(keys)
-        if len(keys) != len(logits):
-            raise InputError(f"keys, logits: given {len(keys)} and {len(logits)}, allowed: equally many")
-        new = {key: i for i, key in enumerate(keys) if key not in self._stored}
+        new = self._new(keys, logits, "logits")
         if not new:
             return 0
         parts = [logits[i].detach().cpu() for i in new.values()]
@@ -213,6 +210,31 @@ class CacheWriter:
             self._check(key, part)
         columns = self._encode(torch.cat(parts) if self.header["sequences"] else torch.stack(parts))
         lengths = [len(part) if self.header["sequences"] else 1 for part in parts]
+        return self._store(new, columns, lengths)
+
+    def add_topk(self, keys: Sequence[Key] | Tensor, rows: Sequence[TopK]) -> int:
+        """`add` for a cache of topk sequences whose top-k has been taken where the logits are: one (L, k) per key."""
+        k = self.header["k"]
+        if self.header["kind"] != "topk" or not self.header["sequences"]:
+            raise InputError("add_topk: allowed for a cache of kind 'topk' with sequences")
+        new = self._new(keys, rows, "rows")
+        parts = [rows[i] for i in new.values()]
+        for key, part in zip(new, parts):
+            shapes = [tuple(x.shape) for x in (part.ids, part.logp, part.log_missing)]
+            if shapes != [(n := len(part.ids), k), (n, k), (n,)] or bool(part.logp.isnan().any()):
+                raise InputError(f"rows of key {key!r}: given {shapes}, allowed: (L, {k}), (L, {k}), (L,) without NaN")
+        if not new:
+            return 0
+        ids, logp, missing = (torch.cat([getattr(p, x) for p in parts]) for x in ("ids", "logp", "log_missing"))
+        return self._store(new, self._topk_columns(TopK(ids, logp, missing)), [len(p.ids) for p in parts])
+
+    def _new(self, keys: Sequence[Key] | Tensor, rows: Sequence[Any] | Tensor, name: str) -> dict[Key, int]:
+        keys = _key_list(keys)
+        if len(keys) != len(rows):
+            raise InputError(f"keys, {name}: given {len(keys)} and {len(rows)}, allowed: equally many")
+        return {key: i for i, key in enumerate(keys) if key not in self._stored}
+
+    def _store(self, new: Mapping[Key, int], columns: Mapping[str, Tensor], lengths: list[int]) -> int:
         split = {name: column.split(lengths) for name, column in columns.items()}
         for i, key in enumerate(new):
             self._stored.add(key)
@@ -238,13 +260,20 @@ class CacheWriter:
     def _encode(self, rows: Tensor) -> dict[str, Tensor]:
         dtype = DTYPES[self.header["dtype"]]
         if self.header["kind"] == "topk":
-            top = TopK.from_logits(rows, self.header["k"])
-            return {"ids": top.ids.int(), "logp": top.logp.to(dtype), "log_missing": top.log_missing.float()}
+            return self._topk_columns(TopK.from_logits(rows, self.header["k"]))
         values = rows.to(dtype)
         if bool((values.isinf() & ~rows.isinf()).any()):
             largest = rows[rows.isfinite()].abs().max().item()
             raise InputError(f"logits: given {largest:g}, allowed: what {self.header['dtype']} holds; use float32")
         return {"values": values}
+
+    def _topk_columns(self, top: TopK) -> dict[str, Tensor]:
+        columns = {"ids": top.ids.int(), "logp": top.logp.to(DTYPES[self.header["dtype"]])}
+        return {name: x.detach().cpu() for name, x in {**columns, "log_missing": top.log_missing.float()}.items()}
+
+    def __len__(self) -> int:
+        """Keys that are stored."""
+        return len(self._stored)
 
     def _flush(self) -> None:
         keys = [key for key, _ in self._pending]
