@@ -63,7 +63,10 @@ def tokenise(
     task: Task = "causal",
     packing: bool | None = None,
 ) -> Tokenised:
-    """Tokens of every split; `length`, `completion_only` and `packing` of None are those of `data.config`."""
+    """Tokens of every split; `length`, `completion_only` and `packing` of None are those of `data.config`.
+
+    Training rows alone are packed: a row of validation or test is always one text.
+    """
     config = data.config
     length = length or config.length
     packed = (config.packing if packing is None else packing) and task == "causal"
@@ -75,7 +78,7 @@ def tokenise(
         rows, counts = tokenise_split(
             data.split(name), tokenizer, length, task=task, completion_only=masked, prompt_tokens=config.prompt_tokens
         )
-        splits[name] = pack(rows, length) if packed else rows
+        splits[name] = pack(rows, length) if packed and name == "train" else rows
         notes += [f"data, {name}: {said}" for said in _said(counts, length)]
     return Tokenised(**splits, notes=notes)
 
