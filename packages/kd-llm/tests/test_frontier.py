@@ -18,7 +18,7 @@ from kd_llm.engine.frontier import (
     problem_gradients,
 )
 from kd_llm.engine.objective import DivergenceArgs, TokenObjective
-from kd_llm.engine.passrate import BLOCK, PassRates, answer_all, measure, pass_rates
+from kd_llm.engine.passrate import BLOCK, PassRates, Sampler, answer_all, measure
 from kd_llm.engine.rollouts import Rollout, Sampling
 from kd_llm.engine.teachers import LocalTeacher
 from kd_llm.engine.verifiers import final_answer, last_number, verifier
@@ -279,18 +279,28 @@ def test_processes_share_the_blocks_without_changing_a_response(monkeypatch):
 def test_pass_rates_are_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("KD_CACHE", str(tmp_path))
     source, model, prompts = Source(), torch.nn.Linear(2, 2), [torch.tensor([3]), torch.tensor([4])]
-    arguments = (source, model, prompts, ["4", "5"], verifier("exact"), Decoder())
-    first = pass_rates(*arguments, k=10, sampling=Sampling(), seed=1)
+    arguments = (model, prompts, ["4", "5"], verifier("exact"))
+    sampler = Sampler(source, Decoder())
+    first = sampler.pass_rates(*arguments, k=10, sampling=Sampling(), seed=1)
     assert first.correct == [1, 1]  # one in ten says each digit
-    again = pass_rates(*arguments, k=10, sampling=Sampling(), seed=1)
+    again = sampler.pass_rates(*arguments, k=10, sampling=Sampling(), seed=1)
     assert again == first
     assert source.calls == 1
-    pass_rates(*arguments, k=10, sampling=Sampling(temperature=0.5), seed=1)
-    pass_rates(*arguments, k=10, sampling=Sampling(), seed=2)
+    sampler.pass_rates(*arguments, k=10, sampling=Sampling(temperature=0.5), seed=1)
+    sampler.pass_rates(*arguments, k=10, sampling=Sampling(), seed=2)
     with torch.no_grad():
         model.weight.add_(1)
-    pass_rates(*arguments, k=10, sampling=Sampling(), seed=1)
+    sampler.pass_rates(*arguments, k=10, sampling=Sampling(), seed=1)
     assert source.calls == 4
+    made = sampler.responses(model, prompts, Sampling(), 3)
+    again = sampler.responses(model, prompts, Sampling(), 3)
+    assert source.calls == 5
+    assert [r.ids.tolist() for r in made] == [r.ids.tolist() for r in again]
+    assert [r.finished for r in again] == [True, True]
+    for entry in (tmp_path / "responses").iterdir():  # cut off while it was copied
+        entry.write_text(entry.read_text()[:20])
+    assert [r.ids.tolist() for r in sampler.responses(model, prompts, Sampling(), 3)] == [r.ids.tolist() for r in made]
+    assert source.calls == 6
 
 
 def test_a_damaged_table_is_refused(tmp_path):

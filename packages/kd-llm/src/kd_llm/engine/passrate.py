@@ -7,7 +7,7 @@ for else a model of long answers looks incompetent. A table is measured once per
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,43 +105,92 @@ def measure(
     return PassRates(correct, truncated, k, tokens / (k * len(responses)))
 
 
-def pass_rates(
-    rollouts: Rollouts,
-    model: nn.Module,
-    prompts: Sequence[Tensor],
-    answers: Sequence[str],
-    verify: Verifier,
-    tokenizer: Any,
-    *,
-    k: int = 8,
-    sampling: Sampling,
-    seed: int = 0,
-    rank: int = 0,
-    processes: int = 1,
-    cache: bool = True,
-) -> PassRates:
-    """The table of a model; taken from kd's cache where this very table has been measured before."""
-    from kdcore.gpu import module_fingerprint
+@dataclass(frozen=True)
+class Sampler:
+    """What answers prompts, as which of how many processes. `cache`: keep results in kd's cache, by their inputs."""
 
-    key = {
-        "model": module_fingerprint(model),
-        "problems": digest([[p.tolist() for p in prompts], list(answers)]),
-        "verifier": f"{verify.__module__}:{verify.__qualname__}",
-        "k": k,
-        "sampling": sampling.model_dump(),
-        "seed": seed,
-        "torch": torch.__version__,
-    }
-    path = cache_folder() / "passrate" / f"{digest(key)}.json"
-    known = [PassRates.load(path) if cache and path.is_file() else None]
-    if processes > 1:  # they need not share a disk: the first one decides
-        from accelerate.utils import broadcast_object_list
+    rollouts: Rollouts
+    tokenizer: Any
+    rank: int = 0
+    processes: int = 1
+    cache: bool = True
 
-        broadcast_object_list(known)
-    if known[0] is not None:
-        return known[0]
-    made = answer_all(rollouts, model, prompts, k, sampling, seed, rank=rank, processes=processes)
-    table = measure(made, answers, verify, tokenizer)
-    if cache and rank == 0:
-        table.save(path, **key)
-    return table
+    def pass_rates(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tensor],
+        answers: Sequence[str],
+        verify: Verifier,
+        *,
+        k: int = 8,
+        sampling: Sampling,
+        seed: int = 0,
+    ) -> PassRates:
+        """The table of a model; not measured again where this very table is in the cache."""
+        about = {"answers": digest(list(answers)), "verifier": f"{verify.__module__}:{verify.__qualname__}", "k": k}
+
+        def make() -> dict[str, Any]:
+            made = self._answers(model, prompts, k, sampling, seed)
+            return asdict(measure(made, answers, verify, self.tokenizer))
+
+        values = self._cached("passrate", {**self._key(model, prompts, sampling, seed), **about}, make)
+        return PassRates(values["correct"], values["truncated"], values["k"], values["tokens"])
+
+    def responses(
+        self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int = 0
+    ) -> list[Rollout]:
+        """One response to each prompt, without log-probabilities (zeros); from the cache where they are in it."""
+
+        def make() -> dict[str, Any]:
+            made = [some[0] for some in self._answers(model, prompts, 1, sampling, seed)]
+            return {"tokens": [r.completion.tolist() for r in made], "finished": [r.finished for r in made]}
+
+        values = self._cached("responses", self._key(model, prompts, sampling, seed), make)
+        return [
+            with_completion(prompt, tokens, finished)
+            for prompt, tokens, finished in zip(prompts, values["tokens"], values["finished"], strict=True)
+        ]
+
+    def _answers(self, model: nn.Module, prompts: Sequence[Tensor], n: int, sampling: Sampling, seed: int) -> Any:
+        return answer_all(self.rollouts, model, prompts, n, sampling, seed, rank=self.rank, processes=self.processes)
+
+    def _key(self, model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, seed: int) -> dict[str, Any]:
+        from kdcore.gpu import module_fingerprint
+
+        return {
+            "model": module_fingerprint(model),
+            "prompts": digest([prompt.tolist() for prompt in prompts]),
+            "sampling": sampling.model_dump(),
+            "source": type(self.rollouts).__name__,
+            "seed": seed,
+            "torch": torch.__version__,
+        }
+
+    def _cached(self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = cache_folder() / kind / f"{digest(key)}.json"
+        known = [_read(path) if self.cache else None]
+        if self.processes > 1:  # they need not share a disk: the first one decides
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(known)
+        if known[0] is not None:
+            return known[0]
+        values = make()
+        if self.cache and self.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({**key, **values}))
+        return values
+
+
+def with_completion(prompt: Tensor, tokens: Sequence[int], finished: bool) -> Rollout:
+    """A rollout from its tokens, with zeros for log-probabilities that are not known."""
+    completion = torch.tensor(tokens, dtype=torch.int64)
+    return Rollout(torch.cat([prompt.cpu(), completion]), len(prompt), torch.zeros(len(completion)), finished)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A cache entry, None where there is none; one that cannot be read is made again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
