@@ -14,7 +14,7 @@ Source: PACED (arXiv 2603.11178): w(p) = p^a (1 - p)^b.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,3 +184,34 @@ def problem_gradients(student: nn.Module, objective: Any, batches: Iterable[dict
 def pass_rate_bins(p: Tensor, bins: int = 5) -> Tensor:
     """(N,) -> (N,) int64, the bin of each rate among `bins` of equal width; 1 is in the last."""
     return (p * bins).floor().clamp(0, bins - 1).long()
+
+
+def binned_snr(
+    p: Tensor, gradients: Callable[[Sequence[int]], Iterable[Tensor]], per_bin: int, seed: int, *, bins: int = 5
+) -> tuple[dict[str, SNR], float]:
+    """The SNR of each bin of the pass rates p (N,), and the share of the gradient norm of all problems that comes from
+    p = 0 and p = 1.
+
+    gradients: numbers of problems -> their flat gradients. Of each bin `per_bin` problems are drawn by the seed, or all
+    it has; the names are bin1 to bin5, empty ones are left out.
+    """
+    where = pass_rate_bins(p, bins)
+    order = torch.randperm(len(p), generator=torch.Generator().manual_seed(seed))
+    found, edge, whole = {}, 0.0, 0.0
+    for number in range(bins):
+        members = order[where[order] == number]
+        chosen = members[:per_bin].tolist()
+        if not chosen:
+            continue
+        norms: list[float] = []
+        found[f"bin{number + 1}"] = gradient_snr(_with_norms(gradients(chosen), norms))
+        weight = len(members) / len(chosen)
+        whole += weight * sum(norms)
+        edge += weight * sum(norm for i, norm in zip(chosen, norms, strict=True) if p[i] in (0, 1))
+    return found, edge / whole if whole else 0.0
+
+
+def _with_norms(gradients: Iterable[Tensor], norms: list[float]) -> Iterator[Tensor]:
+    for gradient in gradients:
+        norms.append(float(gradient.norm()))
+        yield gradient

@@ -25,7 +25,7 @@ The weights are a column of the data (`Weighter`, `kd_weight`), so that any obje
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,16 +35,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from kd_llm import __version__
 from kd_llm import evaluation as ev
 from kd_llm import metrics as m
 from kd_llm.engine.frontier import (
     Normalisation,
     Scheme,
     Weighter,
-    gradient_snr,
+    binned_snr,
     normalised_over_step,
-    pass_rate_bins,
     problem_gradients,
 )
 from kd_llm.engine.objective import Batch, DivergenceArgs, TokenObjective
@@ -62,28 +60,19 @@ from kd_llm.runs import (
     Prepared,
     Run,
     make_setup,
-    open_student,
     open_teacher,
     prepare,
-    supervised,
     teacher_stage,
     tokenizer_stage,
 )
+from kd_llm.warmup import WarmupConfig, base_stage
 from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.data import mix
-from kdcore.errors import InputError, did_you_mean
+from kdcore.errors import InputError
 from kdcore.method import Method
-from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
+from kdcore.stages import Artefacts, Procedure, RunContext, Stage
 
 Kind = Literal["forward", "reverse"]
-
-
-class WarmupConfig(Config):
-    """Training of the student on the data's own solutions before anything is measured, for a student from scratch."""
-
-    train: TrainConfig = Field(description="budget")
-    domains: list[str] | None = Field(None, description="domains it sees; None: all")
-    hints: float = Field(0.0, ge=0, le=1, description="share of problems that show the solution (variant: self)")
 
 
 class TestConfig(Config):
@@ -261,7 +250,12 @@ def stages(config: Run, context: RunContext) -> list[Stage]:
     setting, args = Setting(config, prepared), config.method_args
     check(config, prepared)
     teacher = [] if args.variant == "self" else teacher_stage(config, prepared)
-    made: list[Stage] = [tokenizer_stage(config, prepared), *teacher, base_stage(setting)]
+    template = args.reference_template if args.variant == "self" else None
+    made: list[Stage] = [
+        tokenizer_stage(config, prepared),
+        *teacher,
+        base_stage(config, prepared, args.warmup, template),
+    ]
     student, table = "base", None
     for number, (kind, train) in enumerate(zip(args.stages, budgets(args, config.train), strict=True), 1):
         if args.measures and (number == 1 or args.remeasure):
@@ -289,62 +283,7 @@ def check(config: Run, prepared: Prepared) -> None:
     if args.variant == "self" and config.student.cut is not None:
         raise InputError("student.cut: there is no teacher in variant: self to cut the student out of")
     if args.warmup is not None:
-        for domain in args.warmup.domains or ():
-            if domain not in data.domains:
-                known = did_you_mean(domain, data.domains)
-                raise InputError(f"method_args.warmup.domains: '{domain}' is not among the data's domains{known}")
-
-
-def base_stage(setting: Setting) -> Stage:
-    """Gives the artefact `base`, the student as the method finds it: as configured, or warmed up and cached."""
-    config, prepared, warmup = setting.config, setting.prepared, setting.args.warmup
-    plain = config.model_copy(update={"student": config.student.model_copy(update={"adapters": None})})
-
-    def save(context: RunContext) -> Artefacts:
-        folder = context.folder / "base"
-        if context.is_main:
-            open_student(plain, prepared, context.artefacts).save_pretrained(folder)
-        context.accelerator.wait_for_everyone()
-        return {"base": folder}
-
-    def setup(context: RunContext) -> LMSetup:
-        rows = warmup_rows(setting, context.artefacts)
-        student = open_student(plain, prepared, context.artefacts)
-        return make_setup(config, prepared, context, student, supervised(config), dataset=rows)
-
-    if warmup is None:
-        return Procedure("base", save)
-    names = ("tokenizer", "teacher", "student", "data", "seed") if config.student.cut else (
-        "tokenizer", "student", "data", "seed")  # fmt: skip
-    shown = setting.args.reference_template if warmup.hints else None
-    identity = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "contents": prepared.data.digest(),
-        "warmup": warmup.model_dump(mode="json"),
-        "template": shown,
-        **{name: config.model_dump(mode="json")[name] for name in names},
-    }
-    return CachedStage(TransformersStage("base", warmup.train, setup, artefact="base"), identity)
-
-
-def warmup_rows(setting: Setting, artefacts: Artefacts) -> list[dict[str, Any]]:
-    """The data's problems with their solutions; a share of them, drawn by the seed, shows the solution."""
-    args, data, tokenizer = setting.args, setting.prepared.data, setting.prepared.tokenizer(artefacts)
-    warmup = args.warmup
-    assert warmup is not None
-    template = args.reference_template if warmup.hints else None
-    problems = problems_of(data.train, tokenizer, setting.config.data.length, template=template)
-    draw = torch.rand(len(problems), generator=torch.Generator().manual_seed(setting.config.seed)).tolist()
-    if problems.shown is not None:
-        prompts = [s if u < warmup.hints else p for p, s, u in zip(problems.prompts, problems.shown, draw, strict=True)]
-        problems = Problems(prompts, problems.answers, problems.domains)
-    ids = tokenizer(problems.answers, add_special_tokens=False)["input_ids"]
-    ended = [[*tokens, tokenizer.eos_token_id] for tokens in ids]
-    pairs = zip(problems.prompts, ended, strict=True)
-    rows = problems.rows([with_completion(prompt, tokens, True) for prompt, tokens in pairs])
-    kept = None if warmup.domains is None else {data.domains.index(name) for name in warmup.domains}
-    return [row for row in rows if kept is None or row["domain"] in kept]
+        args.warmup.check(data.domains, "method_args.warmup")
 
 
 def measure_rates(setting: Setting, name: str, source: str, context: RunContext) -> Artefacts:
@@ -407,31 +346,18 @@ def measure_snr(setting: Setting, kind: Kind, context: RunContext) -> Artefacts:
     rows, collate = problems.rows(responses), setting.collator(artefacts)
     objective = setting.objective(artefacts, kind)
     objective.prepare(student)
-    bins, found = pass_rate_bins(rates), {}
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(setting.config.seed))
-    mass = {"edge": 0.0, "all": 0.0}
-    for number in range(5):
-        members = order[bins[order] == number]
-        chosen, norms = members[: args.diagnostic].tolist(), []
-        if not chosen:
-            continue
+
+    def gradients(chosen: Sequence[int]) -> Iterable[torch.Tensor]:
         batches = ({k: v.to(device) for k, v in collate([rows[i]]).items()} for i in chosen)
-        snr = gradient_snr(_watched(problem_gradients(student, objective, batches), norms))
-        found[f"bin{number + 1}"] = {"ratio": snr.ratio, "unbiased": snr.unbiased, "norm": snr.norm, "n": snr.n}
-        weight = len(members) / len(chosen)
-        mass["all"] += weight * sum(norms)
-        mass["edge"] += weight * sum(norm for i, norm in zip(chosen, norms, strict=True) if rates[i] in (0, 1))
+        return problem_gradients(student, objective, batches)
+
+    bins, edge_share = binned_snr(rates, gradients, args.diagnostic, setting.config.seed)
+    found = {name: {"ratio": s.ratio, "unbiased": s.unbiased, "norm": s.norm, "n": s.n} for name, s in bins.items()}
     path = context.folder / "snr.json"
     if context.is_main:
-        path.write_text(json.dumps({"bins": found, "edge_share": mass["edge"] / max(mass["all"], 1e-300)}, indent=2))
+        path.write_text(json.dumps({"bins": found, "edge_share": edge_share}, indent=2), encoding="utf-8")
     context.accelerator.wait_for_everyone()
     return {"snr": path}
-
-
-def _watched(gradients: Iterable[torch.Tensor], norms: list[float]) -> Iterator[torch.Tensor]:
-    for gradient in gradients:
-        norms.append(float(gradient.norm()))
-        yield gradient
 
 
 # ---------------------------------------------------------------- evaluation
