@@ -6,7 +6,8 @@ safetensors alone, and no code of a checkpoint is run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,6 +96,26 @@ class StudentConfig(ModelConfig):
         return self
 
 
+def reason(error: Exception) -> str:
+    """What a library says is wrong, in one line."""
+    text = " ".join(str(error).split())
+    return text if 0 < len(text) <= 300 else f"{text[:300]}..." if text else type(error).__name__
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 # ---------------------------------------------------------------- opening
 
 
@@ -149,12 +170,14 @@ def load_model(
     labels = {} if task != "classification" or num_labels is None else {"num_labels": num_labels}
     kernel = {} if attention is None else {"attn_implementation": attention}
     try:
-        return getattr(transformers, AUTO[task]).from_pretrained(
-            str(source), revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **labels, **kernel
-        )
+        with no_bars():
+            return getattr(transformers, AUTO[task]).from_pretrained(
+                str(source), revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **labels, **kernel
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{field} = '{source}': no model for the task {task} can be opened there ({reason})") from None
+        raise InputError(
+            f"{field} = '{source}': no model for the task {task} can be opened there ({reason(error)})"
+        ) from None
 
 
 def from_config(
@@ -173,8 +196,7 @@ def from_config(
     try:
         return getattr(transformers, AUTO[task]).from_config(made, dtype=DTYPES[config.dtype], **kernel)
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError, ZeroDivisionError, AssertionError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{field}.config = {config.config}: transformers refuses it ({reason})") from None
+        raise InputError(f"{field}.config = {config.config}: transformers refuses it ({reason(error)})") from None
 
 
 def make_config(
@@ -208,8 +230,7 @@ def make_config(
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers' strict dataclasses raise classes of huggingface_hub
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{field}.config = {dict(fields)}: transformers refuses it ({reason})") from None
+        raise InputError(f"{field}.config = {dict(fields)}: transformers refuses it ({reason(error)})") from None
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, field: str) -> None:
@@ -240,8 +261,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, task: Task, *, field: 
     try:
         return get_peft_model(model, lora)  # type: ignore[arg-type]
     except ValueError as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{field}.targets = {config.targets}: peft finds nothing to adapt ({reason})") from None
+        raise InputError(f"{field}.targets = {config.targets}: peft finds nothing to adapt ({reason(error)})") from None
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -377,7 +377,7 @@ def teacher_source(config: Run, networks: Networks) -> TeacherSource:
         from kd_llm.integrations.served import ServedTeacher
 
         return ServedTeacher(
-            teacher.served.url, teacher.served.model, teacher.served.k, num_outputs=len(networks.tokenizer)
+            teacher.served.url, teacher.served.model, k=teacher.served.k, num_outputs=len(networks.tokenizer)
         )
     if teacher.cache is not None:
         batches = training_batches(networks.tokens, Collator(networks.tokenizer), config.train.batch_size)

@@ -1,4 +1,4 @@
-"""What the method's own `predict` gives, as HTML: predictions of inputs, or rows of pictures."""
+"""What the method's own `predict` gives, as HTML: predictions of inputs, rows of pictures, or texts side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from kdcore.report.pictures import pictures
 from kdcore.report.predictions import predictions
 from kdcore.report.read import Run
+from kdcore.report.texts import texts
 
 
 @dataclass(frozen=True)
@@ -47,4 +48,6 @@ def _shown(items: Sequence[Mapping[str, Any]]) -> Shown:
         return Shown("Pictures", pictures(items))
     if any(rows):
         raise ValueError(f"predict: {sum(rows)} of {len(rows)} items are rows of 'images'; expected all or none")
+    if all("prompt" in item for item in items):
+        return Shown("Texts", texts(items))
     return Shown("Predictions", predictions(items))
