@@ -16,6 +16,7 @@ from kd_llm.engine.objective import StudentCall
 from kd_llm.engine.replay import AdaptiveProbability, OffPolicyConfig, ReplayBuffer, StudentResponses, continued
 from kd_llm.engine.revision import Reviser, error_position
 from kd_llm.engine.rollouts import HFRollouts, Rollout, Sampling
+from kd_llm.engine.spans import neighbours, rows_of
 from kd_llm.engine.teachers import LocalTeacher
 from kd_llm.methods.semantic_revision import (
     ClipConfig,
@@ -24,8 +25,6 @@ from kd_llm.methods.semantic_revision import (
     SemanticRevisionConfig,
     clipped_kl,
     kept_set,
-    neighbours,
-    rows_of,
     span_products,
 )
 from kd_llm.testing import VOCABULARY, collate, examples, tiny_model

@@ -37,6 +37,7 @@ class OffPolicyConfig(Config):
     increment: float = Field(0.1, ge=0, le=1, description="what it grows by when the validation loss has risen")
     tolerance: float = Field(0.1, ge=0, description="rise of the validation loss that counts, in nats per token")
     every: int = Field(100, ge=1, description="optimiser steps between two validations")
+    validation: int = Field(256, ge=1, description="validation examples of each")
     capacity: int = Field(1000, ge=1, description="sequences in the replay buffer")
     ratio: Literal["decreasing", "increasing", "constant"] = Field(
         "decreasing", description="share of new samples among the student's, once the buffer is full: 1 - s, s or 1/2"

@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from kdcore.errors import InputError
 
 CharSpan = tuple[int, int]
@@ -147,3 +150,32 @@ def response_spans(
     text, offsets = token_offsets(tokenizer, ids[start:stop])
     end = len(text) - 1 if cut else len(text)
     return [(first + start, last + start) for first, last in token_spans(chunk(text), offsets, end)]
+
+
+# ---------------------------------------------------------------- neighbours inside a chunk
+
+
+def neighbours(spans: Sequence[Sequence[TokenSpan]]) -> Tensor:
+    """Pairs (sample, position), position and position + 1 inside one chunk: (P, 2) int64.
+
+    >>> neighbours([[(3, 5)], [(1, 1)], [(0, 1)]])
+    tensor([[0, 3],
+            [0, 4],
+            [2, 0]])
+    """
+    pairs = [(row, i) for row, some in enumerate(spans) for first, last in some for i in range(first, last)]
+    return torch.tensor(sorted(set(pairs)), dtype=torch.int64).reshape(-1, 2)
+
+
+def rows_of(pairs: Tensor, index: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows `index` (N, 2) that predict the tokens at (sample, position) and one further, (P,) each."""
+    width = int(max(index[:, 1].max() if len(index) else 0, pairs[:, 1].max() if len(pairs) else 0)) + 3
+    known = index[:, 0] * width + index[:, 1] + shift
+    found = []
+    for step in (0, 1):
+        wanted = pairs[:, 0] * width + pairs[:, 1] + step
+        place = torch.searchsorted(known, wanted).clamp(max=max(0, len(known) - 1))
+        found.append((place, known[place] == wanted if len(known) else torch.zeros_like(wanted, dtype=torch.bool)))
+    (first, has_first), (second, has_second) = found
+    both = has_first & has_second
+    return first[both], second[both]

@@ -40,15 +40,21 @@ from kd_llm.engine.objective import Objective, StudentCall, run_body
 from kd_llm.engine.onpolicy import IGNORE, with_responses
 from kd_llm.engine.replay import OffPolicyConfig, StudentResponses
 from kd_llm.engine.revision import Reviser, sides
-from kd_llm.engine.rollouts import Rollout, Rollouts, Sampling, evaluating
+from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, Sampling, evaluating
 from kd_llm.engine.rows import predicted, row_weights
-from kd_llm.engine.spans import Chunker, ChunkerName, chunker, response_spans
+from kd_llm.engine.spans import Chunker, ChunkerName, chunker, neighbours, response_spans, rows_of
 from kd_llm.engine.teachers import TeacherSource
 from kd_llm.engine.token_loss import Divergence, token_terms
-from kdcore.config import Config, MethodConfig
+from kd_llm.evaluation import evaluate, predict, spaced
+from kd_llm.metrics import evaluation_batches
+from kd_llm.models import open_model
+from kd_llm.runs import LLMRun, Networks, Run, prepare, student_stage, supervised, teacher_stage, tokenizer_stage
+from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.data import mix
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError
+from kdcore.method import Method
+from kdcore.stages import RunContext, Stage
 
 FEATURES = 32  # most likely tokens that f sees
 Batch = Mapping[str, Any]
@@ -90,9 +96,7 @@ class SemanticRevisionConfig(MethodConfig):
     sampling: Sampling = Field(
         default_factory=lambda: Sampling.model_validate({}), description="of the student; its length limits y of (2)"
     )
-    prompt_tokens: int | None = Field(
-        None, ge=1, description="for text without prompts: how many of its first tokens serve as the prompt"
-    )
+    sft: TrainConfig | None = Field(None, description="training of the student on the labels alone before all this")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> SemanticRevisionConfig:
@@ -170,18 +174,6 @@ def span_products(z: Tensor, t: Tensor, first: Tensor, second: Tensor) -> Tensor
     return (p[first] * p[second] - q[first] * q[second]).square().sum(1)
 
 
-def neighbours(spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """Pairs (sample, position), position and position + 1 inside one chunk: (P, 2) int64.
-
-    >>> neighbours([[(3, 5)], [(1, 1)], [(0, 1)]])
-    tensor([[0, 3],
-            [0, 4],
-            [2, 0]])
-    """
-    pairs = [(row, i) for row, some in enumerate(spans) for first, last in some for i in range(first, last)]
-    return torch.tensor(sorted(set(pairs)), dtype=torch.int64).reshape(-1, 2)
-
-
 # ---------------------------------------------------------------- the objective
 
 RESPONSE = ("response_ids", "response_mask", "response_labels")
@@ -193,6 +185,7 @@ class SemanticRevision(Objective):
     Args:
         teacher: a source of whole distributions. tokenizer: of both models; it finds the chunks.
         validation: batches of held-out data for the adaptive probability; empty: it stays at its initial value.
+        prompt_tokens: for text without prompts: how many of its first tokens serve as the prompt.
         rank: this process's number, so that processes sample apart.
     Its checkpoint state is the replay buffer, the probability and f.
     """
@@ -208,6 +201,7 @@ class SemanticRevision(Objective):
         tokenizer: Any,
         seed: int,
         validation: Sequence[Batch] = (),
+        prompt_tokens: int | None = None,
         rank: int = 0,
         chunk: Chunker | None = None,
     ):
@@ -223,7 +217,7 @@ class SemanticRevision(Objective):
             args.sampling,
             seed=seed,
             rank=rank,
-            prompt_tokens=args.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             revise=self.revise,
         )
         self.learns_edges = args.clip.bounds is None and args.dac_weight > 0
@@ -369,20 +363,6 @@ def response(batch: Batch) -> Batch:
     return dict(zip(("input_ids", "attention_mask", "labels"), (batch[key] for key in RESPONSE)))
 
 
-def rows_of(pairs: Tensor, index: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the rows `index` (N, 2) that predict the tokens at (sample, position) and one further, (P,) each."""
-    width = int(max(index[:, 1].max() if len(index) else 0, pairs[:, 1].max() if len(pairs) else 0)) + 3
-    known = index[:, 0] * width + index[:, 1] + shift
-    found = []
-    for step in (0, 1):
-        wanted = pairs[:, 0] * width + pairs[:, 1] + step
-        place = torch.searchsorted(known, wanted).clamp(max=max(0, len(known) - 1))
-        found.append((place, known[place] == wanted if len(known) else torch.zeros_like(wanted, dtype=torch.bool)))
-    (first, has_first), (second, has_second) = found
-    both = has_first & has_second
-    return first[both], second[both]
-
-
 def _pieces(batch: Batch, eos: int) -> list[tuple[list[int], int, int, bool]]:
     """Ids, first and past-the-last position of the data's responses, and whether they were cut off."""
     pieces = []
@@ -391,3 +371,58 @@ def _pieces(batch: Batch, eos: int) -> list[tuple[list[int], int, int, bool]]:
         start, stop = places[0], places[-1] + 1
         pieces.append((ids[:stop], start, stop, ids[stop - 1] != eos))
     return pieces
+
+
+# ---------------------------------------------------------------- the method
+
+
+def build(config: Run, networks: Networks) -> SemanticRevision:
+    """The objective of the run's second training of the student."""
+    args: SemanticRevisionConfig = config.method_args
+    rows = spaced(networks.tokens.validation, args.off_policy.validation)
+    collate = networks.prepared.collator(networks.context.artefacts)
+    return SemanticRevision(
+        networks.teacher,
+        args,
+        rollouts=HFRollouts(networks.tokenizer),
+        tokenizer=networks.tokenizer,
+        seed=config.seed,
+        validation=list(evaluation_batches(rows, collate, config.evaluation.batch_size)),
+        prompt_tokens=config.data.prompt_tokens,
+        rank=networks.context.accelerator.process_index,
+    )
+
+
+def check(config: Run) -> None:
+    """Raises InputError for what the responses or the losses cannot work with."""
+    if config.task != "causal":
+        raise InputError(f"task = '{config.task}': semantic_revision is for decoders; allowed: 'causal'")
+    if config.data.packing:
+        raise InputError("data.packing: responses are replaced one by one; set it to false")
+    for name in ("cache", "served"):
+        if getattr(config.teacher, name) is not None:
+            raise InputError(f"teacher.{name}: the losses need the teacher's whole distribution; leave it out")
+    chunker(config.method_args.chunker)
+
+
+def stages(config: Run, context: RunContext) -> list[Stage]:
+    """Tokenizer, teacher, the student on the labels (`sft`), the student."""
+    check(config)
+    prepared = prepare(config)
+    sft: TrainConfig | None = config.method_args.sft
+    found = [tokenizer_stage(config, prepared), *teacher_stage(config, prepared)]
+    if sft is None:
+        return [*found, student_stage(config, prepared, build)]
+
+    def start(context: RunContext) -> nn.Module:
+        source = {"pretrained": str(context.artefacts["sft"]), "revision": None, "config": None, "cut": None}
+        student = config.student.model_copy(update=source)
+        return open_model(student, config.task, prepared.tokenizer(context.artefacts), field="sft")
+
+    first = student_stage(
+        config, prepared, lambda config, networks: supervised(config), train=sft, name="sft", artefact="sft"
+    )
+    return [*found, first, student_stage(config, prepared, build, model=start)]
+
+
+METHOD = Method("semantic_revision", __doc__, LLMRun[SemanticRevisionConfig], stages, evaluate, predict)
