@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,3 +392,15 @@ def test_importing_the_engine_imports_no_transformers():
         "sys.exit(any(m in sys.modules for m in ('transformers', 'peft', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_sharded_student_has_the_same_loss_and_gradients(tmp_path):
+    script = Path(__file__).with_name("sharded_objective.py")
+    launch = [*(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal FSDPLlamaForCausalLM") == 2
