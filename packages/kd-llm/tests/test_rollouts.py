@@ -357,3 +357,57 @@ def test_with_responses_keeps_the_batch_itself_unchanged():
     copy = {key: value.clone() for key, value in batch.items()}
     with_responses(batch, Echo().generate(None, prompts_of(batch), 1, Sampling(), 0), PAD)
     assert all(torch.equal(batch[key], copy[key]) for key in copy)
+
+
+# ---------------------------------------------------------------- in a training
+
+
+class Interrupted(Exception):
+    pass
+
+
+def on_policy_training(folder, *, resume=False, stop_after=None):
+    """Six steps of reverse KL on the student's own responses, two micro-batches each, with dropout; a folder."""
+    from kd_llm.engine.objective import DivergenceArgs, TokenObjective
+    from kd_llm.engine.teachers import LocalTeacher
+    from kd_llm.integrations.stage import LMSetup, TransformersStage
+    from kd_llm.testing import collate, examples
+    from kdcore.accelerator import make_accelerator
+    from kdcore.config import RunConfig, TrainConfig
+    from kdcore.stages import RunContext
+
+    train = TrainConfig(
+        steps=6, batch_size=4, accumulation=2, optimizer={"name": "adamw", "lr": 0.01}, checkpoint_every=2, log_every=1
+    )
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(train, cpu=True, folder=folder)
+    context = RunContext(RunConfig(method="toy", train=train), folder, accelerator, resume=resume, quiet=True)
+    config = OnPolicyConfig(lmbda=0.7, sampling=Sampling(max_new_tokens=5))
+    mixing = OnPolicy(HFRollouts(TOKENIZER), config, seed=3, pad=PAD)
+
+    def hook(model, window, step):
+        if stop_after is not None and step == stop_after:
+            raise Interrupted
+        return mixing(model, window, step)
+
+    def build(_):
+        objective = TokenObjective(LocalTeacher(tiny_model(seed=1)), DivergenceArgs(divergence="reverse"))
+        rows = [{**row, "input_ids": [i % VOCABULARY for i in row["input_ids"]]} for row in examples(16)]
+        rows = [{**row, "labels": [-100, -100, *row["input_ids"][2:]]} for row in rows]
+        return LMSetup(tiny_model(seed=2), None, objective, rows, collate, window_hook=hook)
+
+    TransformersStage("student", train, build).run(context)
+    return folder / "student" / "model.safetensors"
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path):
+    from safetensors.torch import load_file
+
+    whole = load_file(on_policy_training(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        on_policy_training(tmp_path / "cut", stop_after=5)
+    resumed = load_file(on_policy_training(tmp_path / "cut", resume=True))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    start = tiny_model(seed=2).state_dict()
+    assert any(not torch.equal(whole[key], start[key]) for key in whole)
