@@ -23,8 +23,11 @@ student: the teacher's class with exact zeros, `masks.safetensors` and `sparsity
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,16 +35,35 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kd_llm.engine.blocks import Layer, hidden_layers, hidden_of
-from kd_llm.engine.masks import MaskedWeights
+from kd_llm import evaluation as ev
+from kd_llm import metrics as m
+from kd_llm.engine.blocks import Layer, block_linears, hidden_layers, hidden_of
+from kd_llm.engine.masks import MASKS, SPARSITY, MaskedWeights, Masks, load_masks, masks_of, save_masks, sparsity_report
 from kd_llm.engine.objective import DivergenceArgs, StudentCall, TokenObjective
-from kd_llm.engine.rows import IGNORE, predicted, row_weights, segments
+from kd_llm.engine.pruning import prune_model
+from kd_llm.engine.rows import IGNORE, model_inputs, predicted, row_weights, segments
 from kd_llm.engine.sparse import Pattern
 from kd_llm.engine.teachers import LocalTeacher, TeacherSource
 from kd_llm.engine.token_loss import token_terms
+from kd_llm.models import load_model
+from kd_llm.runs import (
+    LLMRun,
+    Networks,
+    Prepared,
+    Run,
+    open_student,
+    open_teacher,
+    prepare,
+    student_stage,
+    teacher_stage,
+    tokenizer_stage,
+    write_cache,
+)
 from kdcore.config import MethodConfig
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError
+from kdcore.method import Method
+from kdcore.stages import Artefacts, Procedure, RunContext, Stage, write_atomically
 from kdcore.taps import FeatureTap
 
 Batch = Mapping[str, Any]
@@ -52,7 +74,9 @@ class SparseFinetuningConfig(MethodConfig):
     sparsity: float | str = Field(
         0.5, description="share of zeros in every pruned matrix, or an N:M pattern, in quotes in YAML: '2:4'"
     )
-    pruner: Literal["sparsegpt", "magnitude"] = Field("sparsegpt", description="the one-shot pruner")
+    pruner: Literal["sparsegpt", "magnitude", "none"] = Field(
+        "sparsegpt", description="the one-shot pruner; none: the student comes with its zeros, which stay"
+    )
     calibration: int = Field(128, ge=1, description="training sequences that SparseGPT is calibrated on")
     one_by_one: bool = Field(False, description="calibrate the layers inside a block one after the other")
     block: int = Field(128, ge=1, description="columns of a matrix whose mask SparseGPT chooses together")
@@ -234,3 +258,156 @@ class SparseFinetuning(TokenObjective):
 
     def on_step_end(self, trainer: Any) -> None:
         self.weights.apply()
+
+
+# ---------------------------------------------------------------- stages
+
+
+def check(config: Run, prepared: Prepared) -> None:
+    """Raises InputError for what the method cannot do, before anything trains."""
+    args: SparseFinetuningConfig = config.method_args
+    if config.student.adapters is not None:
+        raise InputError("student.adapters: merged adapters would fill the zeros; this method trains the weights")
+    if config.task == "classification":
+        raise InputError("task = 'classification': this method is for language models")
+    if args.c_sq > 0:
+        for name in ("cache", "served"):
+            if getattr(config.teacher, name) is not None:
+                raise InputError(f"teacher.{name}: SquareHead needs the teacher's hidden states; leave it out")
+        if config.train.compile:
+            raise InputError("train.compile: SquareHead reads hidden states by hooks, which compiled code leaves out")
+    if args.pruner != "none" and config.student.cut is None:
+        raise InputError("student: is the teacher, pruned; give student.cut: {}, or method_args.pruner: none")
+
+
+def prune_stage(config: Run, prepared: Prepared) -> Stage:
+    """Gives the artefact `pruned`: the sparse student before finetuning, with its masks."""
+    args: SparseFinetuningConfig = config.method_args
+
+    def run(context: RunContext) -> Artefacts:
+        folder = context.folder / "pruned"
+        if context.is_main:
+            student = open_student(config, prepared, context.artefacts).to(context.accelerator.device)
+            masks = _pruned(student, args, prepared, context)
+            student.save_pretrained(folder)
+            prepared.tokenizer(context.artefacts).save_pretrained(folder)
+            _record_sparsity(folder, student, masks, args)
+        context.accelerator.wait_for_everyone()
+        return {"pruned": folder}
+
+    return Procedure("prune", run)
+
+
+def _pruned(student: nn.Module, args: SparseFinetuningConfig, prepared: Prepared, context: RunContext) -> Masks:
+    if args.pruner == "none":
+        return masks_of(student, [f"{name}.weight" for name in block_linears(student)])
+    rows = prepared.tokens(context.artefacts).train
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(context.seed))[: args.calibration]
+    batches = m.evaluation_batches(
+        rows.select(chosen.tolist()), prepared.collator(context.artefacts), prepared.config.evaluation.batch_size
+    )
+    return prune_model(
+        student,
+        list(batches),
+        args.pattern,
+        method=args.pruner,
+        one_by_one=args.one_by_one,
+        block=args.block,
+        damping=args.damping,
+        say=context.say,
+    )
+
+
+def _record_sparsity(folder: Path, student: nn.Module, masks: Masks, args: SparseFinetuningConfig) -> None:
+    """The masks and `sparsity.json` beside a model."""
+    save_masks(masks, folder / MASKS)
+    write_atomically(folder / SPARSITY, json.dumps(sparsity_report(student, masks, args.pattern), indent=1))
+
+
+@dataclass
+class SparseStage:
+    """The finetuning; the student's folder gets the masks too."""
+
+    stage: Stage
+    config: Run
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    def run(self, context: RunContext) -> Artefacts:
+        artefacts = self.stage.run(context)
+        if context.is_main:
+            folder = artefacts["student"]
+            masks, student = load_masks(context.artefacts["pruned"] / MASKS), load_model(folder, self.config.task)
+            left = MaskedWeights(student, masks).violations()
+            if left:
+                raise RuntimeError(f"{folder}: {left} masked weights are not zero")
+            _record_sparsity(folder, student, masks, self.config.method_args)
+        context.accelerator.wait_for_everyone()
+        return artefacts
+
+
+def build(config: Run, networks: Networks) -> SparseFinetuning:
+    args: SparseFinetuningConfig = config.method_args
+    needed = args.c_sq > 0 or args.c_kl > 0
+    masks = load_masks(networks.context.artefacts["pruned"] / MASKS)
+    return SparseFinetuning(networks.teacher if needed else None, args, masks)
+
+
+def stages(config: Run, context: RunContext) -> list[Stage]:
+    prepared = prepare(config)
+    check(config, prepared)
+
+    def pruned(context: RunContext) -> nn.Module:
+        return load_model(context.artefacts["pruned"], config.task, dtype=config.student.dtype, field="student")
+
+    return [
+        tokenizer_stage(config, prepared),
+        *teacher_stage(config, prepared),
+        prune_stage(config, prepared),
+        SparseStage(student_stage(config, prepared, build, model=pruned), config),
+    ]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
+    """The metrics of `kd_llm.evaluation`, and: `pruned/...` of the student before finetuning; `student/sparsity`, the
+    share of exact zeros in the pruned matrices; `student/relative_error/l` = MSE_l / (M_l + eps) on the test text."""
+    prepared = prepare(config)
+    result = ev.evaluate(config, artefacts, prepared=prepared)
+    device = ev.run_device()
+    before = load_model(artefacts["pruned"], config.task, field="student").to(device).eval()
+    result |= m.prefixed("pruned", ev.measure(config, prepared, artefacts, before, "test"))
+    student = load_model(artefacts["student"], config.task, field="student").to(device).eval()
+    report = json.loads((artefacts["student"] / SPARSITY).read_text(encoding="utf-8"))
+    result["student/sparsity"] = report["sparsity"]
+    teacher = open_teacher(config, prepared, artefacts)
+    if teacher is not None and hidden_layers(teacher) == hidden_layers(student):
+        for name, model in (("pruned", before), ("student", student)):
+            errors = layer_errors(config, prepared, artefacts, model, teacher.to(device).eval())
+            result |= {f"{name}/relative_error/{layer + 1}": error for layer, error in enumerate(errors)}
+    return result
+
+
+@torch.no_grad()
+def layer_errors(
+    config: Run, prepared: Prepared, artefacts: Artefacts, student: nn.Module, teacher: nn.Module
+) -> list[float]:
+    """MSE_l / (M_l + eps) by layer, the mean over the batches of the test text."""
+    head, sums, count = SquareHead(student, teacher), 0.0, 0
+    device = next(student.parameters()).device
+    rows = ev.spaced(prepared.tokens(artefacts).test, config.evaluation.samples)
+    for batch in m.evaluation_batches(rows, prepared.collator(artefacts), config.evaluation.batch_size):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with head.student():
+            student(**model_inputs(student, batch))
+        with head.teacher(batch) as terms:
+            teacher(**model_inputs(teacher, batch))
+        sums, count = sums + torch.stack(terms).double().cpu(), count + 1
+    return (sums / count).tolist()
+
+
+METHOD = Method("sparse_finetuning", __doc__, LLMRun[SparseFinetuningConfig], stages, evaluate, ev.predict, write_cache)
