@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -221,7 +224,6 @@ class FakeVLLM:
 
 def test_vllm_rollouts_and_weights(monkeypatch):
     import importlib.util
-    import os
 
     from peft import LoraConfig, get_peft_model
 
@@ -411,3 +413,15 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     start = tiny_model(seed=2).state_dict()
     assert any(not torch.equal(whole[key], start[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_samples_what_the_whole_one_does():
+    script = Path(__file__).with_name("sharded_rollouts.py")
+    launch = [*(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(script)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("lengths differ True") == 2

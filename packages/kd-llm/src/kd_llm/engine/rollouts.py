@@ -142,7 +142,8 @@ class HFRollouts:
     `batch_size` bounds the sequences of one `generate` call; prompts of like length share one. `eos` are the tokens
     that end a response: by default the tokenizer's and those of the model's own generation config. Of that config
     nothing else applies, so that a checkpoint's penalties and top-p do not bend the distribution that is asked for.
-    Dropout is off while it samples; every module's training flag is restored.
+    Dropout is off while it samples; every module's training flag is restored. Under FSDP2 and ZeRO-3 every process must
+    call it with as many prompts as the others.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int = 256, eos: Sequence[int] | None = None):
@@ -224,6 +225,14 @@ def _generate(
         )
     completions, logp = sequences[:, width:].cpu(), torch.stack(drawing.logp, 1).cpu()
     return [_rollout(prompt.cpu(), completions[row], logp[row], eos) for row, prompt in enumerate(prompts)]
+
+
+def _synced(model: nn.Module) -> dict[str, Any]:
+    """Processes that hold a share of the weights each go on until the last one is done: every step is collective."""
+    from torch.distributed.tensor import DTensor
+
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return {"synced_gpus": True} if sharded and torch.distributed.get_world_size() > 1 else {}
 
 
 def _rollout(prompt: Tensor, completion: Tensor, logp: Tensor, eos: list[int]) -> Rollout:

@@ -111,6 +111,7 @@ class PacedConfig(MethodConfig):
         "{prompt}\n\nReference solution: {reference}\n\n", description="prompt of the teacher of `variant: self`"
     )
     rollouts: Literal["transformers", "vllm"] = Field("transformers", description="what samples")
+    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of its LLM, as in its own docs")
     diagnostic: int = Field(0, ge=0, description="problems of each of five pass-rate bins for (6); 0: not measured")
     warmup: WarmupConfig | None = Field(None, description="train the student first; None: it is trained already")
     test: TestConfig = Field(default_factory=lambda: TestConfig.model_validate({}), description="of the networks")
@@ -195,7 +196,9 @@ class Setting:
 
     def open(self, folder: Path, device: Any = None) -> Any:
         """A model of the run, without adapters."""
-        return load_model(folder, dtype=self.config.student.dtype, field="student").to(device).eval()
+        student = self.config.student
+        kernel = student.attn_implementation
+        return load_model(folder, dtype=student.dtype, attention=kernel, field="student").to(device).eval()
 
     def teacher(self, artefacts: Artefacts) -> Any:
         """p_T: the teacher, or for self-distillation the student as it was at the start."""
@@ -214,7 +217,7 @@ class Setting:
     def rollouts(self, artefacts: Artefacts, source: str) -> Rollouts:
         """`source`: the artefact that a vLLM engine starts from; its weights are the model's at every use."""
         if self.args.rollouts == "vllm":
-            return VLLMRollouts(str(artefacts[source]))
+            return VLLMRollouts(str(artefacts.get(source) or self.config.teacher.pretrained), **self.args.engine)
         return HFRollouts(self.prepared.tokenizer(artefacts))
 
     def responses(self, context: RunContext, problems: Problems) -> list[Rollout]:
