@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kd_llm.engine.blocks import hidden_layers
-from kd_llm.engine.masks import masks_of
+from kd_llm.engine.blocks import block_linears, hidden_layers
+from kd_llm.engine.masks import load_masks, masks_of
 from kd_llm.engine.objective import StudentCall
 from kd_llm.engine.pruning import prune_model
 from kd_llm.engine.teachers import CachedTeacher, LocalTeacher
 from kd_llm.methods.sparse_finetuning import (
     EPS,
+    METHOD,
     SparseFinetuning,
     SparseFinetuningConfig,
     SquareHead,
@@ -24,8 +26,10 @@ from kd_llm.methods.sparse_finetuning import (
     relative_error,
 )
 from kd_llm.testing import collate, examples, packed, tiny_model
-from kdcore.config import parse
+from kdcore import run
+from kdcore.config import override, parse, read_yaml
 from kdcore.errors import InputError
+from kdcore.method import arm_config, config_of, find_config
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 
@@ -300,3 +304,90 @@ def test_masks_hold_through_a_trainer_with_averages_of_weights_and_validation(tm
     assert all(torch.equal(mask, (before[name] != 0)) for name, mask in masks.items())
     assert all(not torch.equal(before[name], student.get_parameter(name)) for name in masks)
     assert masks_of(student, masks).keys() == masks.keys()
+
+
+# ---------------------------------------------------------------- whole runs
+
+SMALL = read_yaml(find_config("sparse_finetuning/small"))
+TINY = {
+    "tokenizer.vocab_size": 320,
+    "data.size": 20,
+    "data.eval_size": 4,
+    "data.length": 32,
+    "teacher.config.hidden_size": 32,
+    "teacher.config.intermediate_size": 48,
+    "teacher.config.num_hidden_layers": 2,
+    "teacher.train.steps": 4,
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "method_args.calibration": 8,
+    "evaluation.max_new_tokens": 6,
+}
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """One cache for the module: the teacher is trained once."""
+    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "sparse_cache"))
+
+
+def tiny(**more):
+    return config_of(METHOD, override({k: v for k, v in SMALL.items() if k != "compare"}, {**TINY, **more}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.8, "2:4"])
+def test_a_run_leaves_a_stock_model_with_its_zeros_and_masks(cache, tmp_path, sparsity):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    metrics = run.train(METHOD, tiny(**{"method_args.sparsity": sparsity}), tmp_path / "run", quiet=True, cpu=True)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    masks = load_masks(tmp_path / "run" / "student" / "masks.safetensors")
+    before = load_masks(tmp_path / "run" / "pruned" / "masks.safetensors")
+    assert masks.keys() == before.keys() == {f"{name}.weight" for name in block_linears(student)}
+    for name, mask in masks.items():
+        assert torch.equal(mask, before[name])
+        assert torch.equal(student.get_parameter(name) != 0, mask)
+    share = 0.8 if sparsity == 0.8 else 0.5
+    assert metrics["student/sparsity"] == pytest.approx(share, abs=2e-3)
+    report = json.loads((tmp_path / "run" / "student" / "sparsity.json").read_text())
+    assert report["pattern"] == str(sparsity)
+    assert {"pruned/perplexity", "student/perplexity", "student/relative_error/2"} <= metrics.keys()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train" and line["stage"] == "student"]
+    assert set(trained[-1]["terms"]) == {"hard", "squarehead"}
+    assert run.evaluate(tmp_path / "run") == metrics
+
+
+@pytest.mark.slow
+def test_a_student_that_comes_sparse_keeps_its_zeros(cache, tmp_path):
+    run.train(METHOD, tiny(), tmp_path / "first", quiet=True, cpu=True)
+    folder = str(tmp_path / "first" / "student")
+    config = tiny(**{"student": {"pretrained": folder}, "method_args.pruner": "none", "train.steps": 2})
+    run.train(METHOD, config, tmp_path / "second", quiet=True, cpu=True)
+    first, second = (load_masks(tmp_path / name / "student" / "masks.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"student": {"cut": {}, "adapters": {"rank": 2}}}, r"student\.adapters"),
+        ({"teacher.cache": "x"}, r"teacher\.cache: SquareHead needs"),
+        ({"train.compile": True}, r"train\.compile"),
+        ({"student": {"config": {"model_type": "llama"}}}, r"give student\.cut: \{\}"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(cache, tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        run.train(METHOD, tiny(**values), tmp_path / "run", quiet=True, cpu=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_configs_and_their_arms_are_valid(name):
+    values = read_yaml(find_config(f"sparse_finetuning/{name}"))
+    config_of(METHOD, values)
+    for overrides in values["compare"].values():
+        arm_config(values, overrides)

@@ -20,19 +20,43 @@ Teacher frozen, in eval mode; all of the student trains and ships. `mixture.json
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from kd_llm.engine.mixture import DomainMixture
+from kd_llm import evaluation as ev
+from kd_llm import metrics as m
+from kd_llm.engine.mixture import DomainMixture, by_domain
 from kd_llm.engine.objective import DivergenceArgs, TokenObjective
 from kd_llm.engine.perplexity import perplexities
 from kd_llm.engine.teachers import TeacherSource
+from kd_llm.integrations.stage import LMSetup, TransformersStage
+from kd_llm.models import load_model
+from kd_llm.runs import (
+    LLMRun,
+    Networks,
+    Prepared,
+    Run,
+    make_setup,
+    open_student,
+    open_teacher,
+    prepare,
+    supervised,
+    teacher_identity,
+    teacher_stage,
+    tokenizer_stage,
+    write_cache,
+)
 from kdcore.config import Config, MethodConfig, TrainConfig
-from kdcore.errors import InputError
+from kdcore.errors import InputError, did_you_mean
+from kdcore.method import Method
+from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage, write_atomically
 
 Batch = Mapping[str, Any]
 Sampling = Literal["ddk", "fresh", "equal", "natural"]
@@ -173,3 +197,193 @@ def _on_all_processes(student: nn.Module, validation: Mapping[str, Sequence[Batc
     sums: Callable[[Tensor], Tensor] = lambda values: reduce(values, "sum")  # noqa: E731
     found = perplexities(student, validation, rank=state.process_index, processes=state.num_processes, reduce=sums)
     return broadcast_object_list([found])[0]
+
+
+# ---------------------------------------------------------------- stages
+
+
+def check(config: Run, prepared: Prepared) -> None:
+    """Raises InputError for what the method cannot do, before anything trains."""
+    args: DDKConfig = config.method_args
+    domains = prepared.data.domains
+    if config.task != "causal":
+        raise InputError(f"task = '{config.task}': DDK goes on with the pretraining of decoders; allowed: 'causal'")
+    if len(domains) < 2:
+        raise InputError(f"data.domains: given {domains}, allowed: two or more, whose shares can change")
+    if config.teacher.served is not None:
+        raise InputError("teacher.served: the teacher's perplexities need its weights; give teacher.pretrained")
+    if args.pretrain is not None:
+        if args.pretrain.train.steps is None:
+            raise InputError("method_args.pretrain.train: its data are drawn for a number of steps; give steps")
+        for name in args.pretrain.shares or {}:
+            if name not in domains:
+                raise InputError(f"method_args.pretrain.shares: '{name}' is no domain{did_you_mean(name, domains)}")
+
+
+def validation_batches(config: Run, prepared: Prepared, artefacts: Artefacts) -> dict[str, list[Batch]]:
+    """V_i: the first validation examples of each domain, in batches."""
+    rows = by_domain(
+        prepared.tokens(artefacts).validation, prepared.data.domains, limit=config.method_args.validation_size
+    )
+    collate = prepared.collator(artefacts)
+    return {
+        name: list(m.evaluation_batches(part, collate, config.evaluation.batch_size)) for name, part in rows.items()
+    }
+
+
+def teacher_perplexity_stage(config: Run, prepared: Prepared) -> Stage:
+    """l_T of (1), as a file: measured once for a teacher and a validation text."""
+
+    def run(context: RunContext) -> Artefacts:
+        path = context.folder / "teacher_perplexity.json"
+        teacher = open_teacher(config, prepared, context.artefacts)
+        assert teacher is not None  # checked
+        batches = validation_batches(config, prepared, context.artefacts)
+        found = _on_all_processes(teacher.to(context.accelerator.device).eval(), batches)
+        if context.is_main:
+            write_atomically(path, json.dumps(found))
+        context.accelerator.wait_for_everyone()
+        return {"teacher_perplexity": path}
+
+    stage = Procedure("teacher_perplexity", run)
+    if config.teacher.train is None and config.teacher.revision is None:
+        return stage  # what a name or a folder stands for may change
+    size = {"validation_size": config.method_args.validation_size, "batch_size": config.evaluation.batch_size}
+    return CachedStage(stage, {**teacher_identity(config, prepared), **size})
+
+
+def base_stage(config: Run, prepared: Prepared, pretrain: PretrainConfig) -> Stage:
+    """Gives the artefact `base`, the student before DDK: trained on the labels with fixed shares, and cached."""
+
+    def build(context: RunContext) -> LMSetup:
+        network = open_student(config, prepared, context.artefacts)
+        rows = by_domain(prepared.tokens(context.artefacts).train, prepared.data.domains)
+        train = pretrain.train
+        mixture = DomainMixture(rows, context.seed, size=train.steps * train.batch_size * train.accumulation)
+        if pretrain.shares is not None:
+            mixture.set_weights(completed(pretrain.shares, prepared.data.domains))
+        mixture.draw()
+        return make_setup(config, prepared, context, network, supervised(config), dataset=mixture)
+
+    identity = {
+        **teacher_identity(config, prepared),
+        "student": config.student.model_dump(mode="json"),
+        "pretrain": pretrain.model_dump(mode="json"),
+    }
+    return CachedStage(TransformersStage("base", pretrain.train, build, artefact="base"), identity)
+
+
+def completed(shares: Mapping[str, float], domains: Sequence[str]) -> list[float]:
+    """Shares of all domains; those not named have the rest in equal parts.
+
+    >>> completed({"a": 0.8}, ["a", "b", "c"])
+    [0.8, 0.1, 0.1]
+    """
+    others = [name for name in domains if name not in shares]
+    rest = max(0.0, 1 - sum(shares.values()))
+    found = [shares[name] if name in shares else rest / len(others) for name in domains]
+    return [round(share / sum(found), 15) for share in found]
+
+
+@dataclass
+class DDKStage:
+    """The training, one interval an epoch; leaves the trajectory of the mixture as `mixture.json` too."""
+
+    config: Run
+    prepared: Prepared
+    objective: DDK | None = field(default=None, init=False)
+
+    name = "student"
+
+    def run(self, context: RunContext) -> Artefacts:
+        artefacts = TransformersStage(self.name, self.config.train, self._setup).run(context)
+        assert self.objective is not None  # built by the stage
+        path = context.folder / "mixture.json"
+        if context.is_main:
+            write_atomically(path, json.dumps(self.objective.history, indent=1))
+        context.accelerator.wait_for_everyone()
+        return {**artefacts, "mixture": path}
+
+    def _setup(self, context: RunContext) -> LMSetup:
+        from kd_llm.integrations.mixture import MixtureCallback
+
+        config, prepared, artefacts = self.config, self.prepared, context.artefacts
+        args, train = config.method_args, config.train
+        tokens = prepared.tokens(artefacts)
+        student = (
+            load_model(artefacts["base"], dtype=config.student.dtype, field="student")
+            if args.pretrain is not None
+            else open_student(config, prepared, artefacts)
+        )
+        networks = Networks(student, prepared.tokenizer(artefacts), tokens, prepared, context)
+        mixture = DomainMixture(
+            by_domain(tokens.train, prepared.data.domains),
+            context.seed,
+            size=args.interval * train.batch_size * train.accumulation,
+            counts=args.counts,
+        )
+        self.objective = DDK(
+            networks.teacher if args.gamma > 0 else None,
+            args,
+            mixture,
+            validation_batches(config, prepared, artefacts),
+            json.loads(artefacts["teacher_perplexity"].read_text(encoding="utf-8")),
+            log=lambda **record: context.log(stage=self.name, **record),
+        )
+        callback = MixtureCallback(mixture, args.interval, self.objective.start)
+        setup = make_setup(config, prepared, context, student, self.objective, dataset=mixture, callbacks=[callback])
+        if train.monitor is None:
+            setup.eval = None  # every interval measures the student already
+        return setup
+
+
+def stages(config: Run, context: RunContext) -> list[Stage]:
+    prepared = prepare(config)
+    check(config, prepared)
+    pretrain = config.method_args.pretrain
+    return [
+        tokenizer_stage(config, prepared),
+        *teacher_stage(config, prepared),
+        teacher_perplexity_stage(config, prepared),
+        *([] if pretrain is None else [base_stage(config, prepared, pretrain)]),
+        DDKStage(config, prepared),
+    ]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
+    """The metrics of `kd_llm.evaluation`, and: `ratio/<domain>` = rho on the test text, `ratio/max`, `ratio/mean` and
+    `ratio/gap` (largest less smallest); `mixture/...` as in `trajectory_metrics`."""
+    result = ev.evaluate(config, artefacts)
+    ratios = {
+        name.removeprefix("student/perplexity/"): value / result[name.replace("student", "teacher", 1)]
+        for name, value in result.items()
+        if name.startswith("student/perplexity/")
+    }
+    result |= {f"ratio/{name}": ratio for name, ratio in ratios.items()}
+    result["ratio/max"], result["ratio/mean"] = max(ratios.values()), sum(ratios.values()) / len(ratios)
+    result["ratio/gap"] = max(ratios.values()) - min(ratios.values())
+    return result | trajectory_metrics(json.loads(Path(artefacts["mixture"]).read_text(encoding="utf-8")))
+
+
+def trajectory_metrics(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the intervals after the first: mixture/turnover, the mean total variation of the sampled shares between two of
+    them; mixture/correlation, the mean correlation over domains of share and ratio (where both vary)."""
+    sampled = torch.tensor([list(record["sampled"].values()) for record in history[1:]], dtype=torch.float64)
+    ratios = torch.tensor([list(record["ratio"].values()) for record in history[1:]], dtype=torch.float64)
+    result: dict[str, float] = {}
+    if len(sampled) > 1:
+        result["mixture/turnover"] = float((sampled[1:] - sampled[:-1]).abs().sum(1).mean() / 2)
+    found = [
+        float(torch.corrcoef(torch.stack([share, ratio]))[0, 1])
+        for share, ratio in zip(sampled, ratios, strict=True)
+        if share.std() > 1e-9 and ratio.std() > 1e-9
+    ]
+    if found:
+        result["mixture/correlation"] = sum(found) / len(found)
+    return result
+
+
+METHOD = Method("ddk", __doc__, LLMRun[DDKConfig], stages, evaluate, ev.predict, write_cache)
