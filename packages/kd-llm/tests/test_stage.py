@@ -201,3 +201,52 @@ def test_unknown_monitor_and_empty_data(tmp_path, toy):
         toy.run(tmp_path / "a", config=config)
     with pytest.raises(InputError, match="has no validation"):
         toy.run(tmp_path / "b", config=config, evaluate=False)
+
+
+def test_two_stages_in_a_run_and_its_resume(tmp_path, toy):
+    """kdcore.run holds an accelerator of its own; a teacher in bf16 and a student in fp32 are trained under it."""
+    from transformers import AutoModelForCausalLM
+
+    from kd_llm.engine.objective import TokenObjective
+    from kd_llm.engine.teachers import LocalTeacher
+    from kd_llm.integrations.stage import LMSetup, TransformersStage
+    from kd_llm.testing import collate, examples, tiny_model
+    from kdcore import run
+    from kdcore.config import RunConfig
+    from kdcore.method import Method
+
+    budget = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    config = RunConfig(method="toy", train={**budget, "optimizer": {"name": "adamw", "lr": 0.01}})
+    fail = []
+
+    def teacher(_):
+        return LMSetup(tiny_model("llama", width=24, seed=2), None, TokenObjective(None), examples(16), collate)
+
+    def student(context):
+        assert context.accelerator.mixed_precision == "no"
+        model = AutoModelForCausalLM.from_pretrained(context.artefacts["teacher"])
+        if fail:
+            raise KeyboardInterrupt
+        from peft import LoraConfig, get_peft_model
+
+        adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+        return LMSetup(adapted, None, TokenObjective(LocalTeacher(model)), examples(16), collate)
+
+    def stages(config, context):
+        half = TrainConfig(**budget, precision="bf16", optimizer={"name": "adamw", "lr": 0.01})
+        first = TransformersStage("teacher", half, teacher, artefact="teacher")
+        return [first, TransformersStage("student", config.train, student)]
+
+    def evaluate(config, artefacts):
+        return {"peft": float((artefacts["student"] / "adapter_model.safetensors").exists())}
+
+    method = Method("toy", "Toy (none, 2026).", RunConfig, stages, evaluate)
+    fail.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    fail.clear()
+    assert run.train(method, config, tmp_path / "run", quiet=True, cpu=True, resume=True) == {"peft": 0.0}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    steps = [(line["stage"], line["step"]) for line in records(tmp_path / "run", "train")]
+    assert steps == [(stage, step) for stage in ("teacher", "student") for step in (1, 2, 3, 4)]

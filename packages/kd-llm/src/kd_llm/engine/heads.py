@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,6 +93,20 @@ def head_of(model: nn.Module) -> Head:
             _warn_once(base, "its logits are not scale, softcap and bias of a linear layer")
     spec = _forms[base]
     return Head(module, weight, bias, spec or HeadSpec(), spec is not None, adapters)
+
+
+def whole_head(head: Head) -> Head:
+    """The head with whole tensors: without gradient shards are gathered, with gradient they cannot be."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(head.weight, DTensor):
+        return head
+    if torch.is_grad_enabled():
+        raise InputError(
+            "FSDP: the student's head is a unit of its own, allowed: a head in the root unit (wrap transformer layers)"
+        )
+    bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+    return replace(head, weight=head.weight.full_tensor(), bias=bias)
 
 
 _warned: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kd_llm.engine import rows as r
-from kd_llm.engine.heads import Head, common_vocabulary, head_of, kept_rows, replaced_head, select
+from kd_llm.engine.heads import Head, common_vocabulary, head_of, kept_rows, replaced_head, select, whole_head
 from kd_llm.engine.teachers import DenseSignal, TeacherSource
 from kd_llm.engine.token_loss import Divergence, Signal, token_terms
 from kdcore.config import Config
@@ -104,6 +104,7 @@ def run_body(
         return HiddenRows(output.logits.reshape(len(index), -1), index, labels, output, head)
     with replaced_head(model, head.module) as recorder:
         output = forward(**inputs)
+    head = whole_head(head_of(model))  # what FSDP shards is whole after the forward pass of its root
     hidden = recorder.hidden[:, -batch["labels"].shape[1] :]  # prompt tuning puts rows of its own in front
     return HiddenRows(head.rows(select(hidden, index)), index, labels, output, head)
 
@@ -129,7 +130,7 @@ class Objective(nn.Module):
         self.shift = r.shifts_labels(student)
 
     def count(self, batch: Batch) -> Tensor:
-        """What a batch adds to `items`, a scalar: predicted tokens, or sequences for reduction "sequence"."""
+        """What a batch adds to `items`, a scalar: predicted tokens (or sequences, by `reduction`), else examples."""
         return r.count(batch, self.shift, self.reduction)
 
     def share(self, batch: Batch, items: Tensor | int | None) -> Tensor | float:

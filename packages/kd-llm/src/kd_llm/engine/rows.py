@@ -78,7 +78,13 @@ def segments(batch: Batch) -> Tensor:
 
 
 def count(batch: Batch, shift: bool, reduction: str = "token") -> Tensor:
-    """Predicted tokens, or for reduction "sequence" the sequences that have one: a scalar int64."""
+    """Predicted tokens, or for reduction "sequence" the sequences that have one: a scalar int64.
+
+    Without labels: the number of examples.
+    """
+    if "labels" not in batch:
+        first = next(value for value in batch.values() if isinstance(value, Tensor))
+        return torch.as_tensor(len(first), device=first.device)
     mask = predicted(batch, shift)
     if reduction == "token":
         return mask.sum()

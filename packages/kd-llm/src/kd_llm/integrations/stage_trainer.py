@@ -49,6 +49,8 @@ class StageTrainer(DistillTrainer):
         self.remove_callback(PrinterCallback)
         self.player = Player("student", self._all_trained(), param_groups=setup.optimizer)
         samples = config.batch_size * config.accumulation
+        if (config.ema or config.restore_best) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise InputError("train.ema, train.restore_best: not with FSDP or DeepSpeed, which shard the weights")
         self.ema = EMA(self.student, config.ema, samples) if config.ema else None
         self.best: tuple[float, dict[str, Tensor] | None] | None = None
         self.bad_evaluations = 0

@@ -67,9 +67,13 @@ class DistillTrainer(Trainer):
     ):
         if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
             raise InputError("compute_loss_func, label_smoothing_factor: the objective is the loss; leave them out")
+        if args is not None and args.torch_compile:
+            raise InputError("torch_compile: the forward is the objective's; compile the body, model.model.compile()")
         super().__init__(model, args, *positional, **kwargs)
         if self.args.n_gpu > 1:
             raise InputError(f"{self.args.n_gpu} devices in one process: start with `accelerate launch` or torchrun")
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise InputError("DeepSpeed ZeRO-3: shards the head outside of its own forward; use FSDP 2, DDP or ZeRO-2")
         if objective is None:
             objective = self._default_objective(teacher, distill, teacher_processing_class)
         elif teacher is not None or distill is not None:
@@ -89,6 +93,13 @@ class DistillTrainer(Trainer):
         source = LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         pair = None if tokenizer is None or self.processing_class is None else (self.processing_class, tokenizer)
         return TokenObjective(source, distill, tokenizers=pair)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if hasattr(self, "objective"):  # a later call, by train()
+            self.student = model
+            self.objective.prepare(model)
+        return model
 
     def _check_auxiliary(self) -> None:
         own = {id(p) for p in self.objective.auxiliary.parameters()}
@@ -192,7 +203,7 @@ class DistillTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """What the optimiser step predicts, over all processes where average_tokens_across_devices is set."""
-        if not batch_samples or "labels" not in batch_samples[0]:
+        if not batch_samples:
             return None
         counts = [self.objective.count(batch).to(device) for batch in batch_samples]
         items = torch.stack(counts).sum()
