@@ -1,3 +1,3 @@
-"""Knowledge distillation of language models, on transformers; no method yet."""
+"""Knowledge distillation of language models, on transformers."""
 
 __version__ = "0.1.0"
