@@ -43,7 +43,7 @@ class DenseSignal:
     hidden_t: Tensor
     weight_t: Tensor | None
     bias_t: Tensor | None = None
-    head_t: HeadSpec = HeadSpec()  # noqa: RUF009
+    head_t: HeadSpec = HeadSpec()
 
     def logits(self) -> Tensor:
         """(N, V_t), for few rows or measurements."""
