@@ -33,6 +33,11 @@ class Problems:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def subset(self, kept: Sequence[int]) -> Problems:
+        """The problems of these numbers, in their order."""
+        shown = None if self.shown is None else [self.shown[i] for i in kept]
+        return Problems(*([part[i] for i in kept] for part in (self.prompts, self.answers, self.domains)), shown)
+
     def rows(self, responses: Sequence[Rollout] | None = None) -> list[dict[str, Any]]:
         """Rows for `kd_llm.collate.Collator`: with the given responses as labels, or prompts alone."""
         rows = []

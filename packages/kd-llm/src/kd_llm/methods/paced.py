@@ -63,8 +63,10 @@ from kd_llm.runs import (
     open_teacher,
     prepare,
     teacher_stage,
+    tokenizer_source,
     tokenizer_stage,
 )
+from kd_llm.tokenizers import open_tokenizer
 from kd_llm.warmup import WarmupConfig, base_stage
 from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.data import mix
@@ -149,13 +151,14 @@ class PacedConfig(MethodConfig):
 class PacedObjective(TokenObjective):
     """(3) or (4) times w~, by the batch's `kd_weight`: each response's tokens are averaged first, then responses.
 
-    kind: forward or reverse. over_step: divide the weights by their mean over each optimiser step.
+    kind: forward or reverse. over_step: divide the weights by their mean over each optimiser step. tokenizers:
+    (student's, teacher's), where their vocabularies may have different sizes.
     """
 
     name = "paced"
 
-    def __init__(self, teacher: Any, kind: Kind, *, over_step: bool = False):
-        super().__init__(teacher, DivergenceArgs(divergence=kind, reduction="sequence"))
+    def __init__(self, teacher: Any, kind: Kind, *, over_step: bool = False, tokenizers: Any = None):
+        super().__init__(teacher, DivergenceArgs(divergence=kind, reduction="sequence"), tokenizers=tokenizers)
         self.over_step = over_step
         self.columns = getattr(teacher, "columns", ())
 
@@ -232,9 +235,14 @@ class Setting:
         return [with_completion(prompt, r.completion.tolist(), r.finished) for prompt, r in pairs]
 
     def objective(self, artefacts: Artefacts, kind: Kind) -> PacedObjective:
-        model, pad = self.teacher(artefacts), self.prepared.tokenizer(artefacts).pad_token_id
-        source = ReferenceTeacher(model, pad) if self.args.variant == "self" else LocalTeacher(model)
-        return PacedObjective(source, kind, over_step=self.args.normalise == "batch")
+        model, tokenizer = self.teacher(artefacts), self.prepared.tokenizer(artefacts)
+        over_step, theirs = self.args.normalise == "batch", self.config.teacher.pretrained
+        if self.args.variant == "self":
+            return PacedObjective(ReferenceTeacher(model, tokenizer.pad_token_id), kind, over_step=over_step)
+        pair = None
+        if theirs is not None and tokenizer_source(self.config) != theirs:
+            pair = tokenizer, open_tokenizer(theirs, revision=self.config.teacher.revision, field="teacher.pretrained")
+        return PacedObjective(LocalTeacher(model), kind, over_step=over_step, tokenizers=pair)
 
     def collator(self, artefacts: Artefacts) -> Any:
         collate = self.prepared.collator(artefacts)
@@ -313,11 +321,15 @@ def measure_rates(setting: Setting, name: str, source: str, context: RunContext)
 def training(setting: Setting, kind: Kind, source: str, table: str | None, context: RunContext) -> LMSetup:
     """One training: (5) with (3) on the teacher's responses, or with (4) on samples drawn at every step."""
     config, args, artefacts = setting.config, setting.args, context.artefacts
-    problems = setting.problems(artefacts)
-    rows = problems.rows(setting.responses(context, problems) if kind == "forward" else None)
+    problems, rates = setting.problems(artefacts), None
     if args.weighting != "unweighted":
         assert table is not None
-        rows = args.weighter().attach(rows, PassRates.load(artefacts[table]).rates)
+        rates = PassRates.load(artefacts[table]).rates
+        kept = args.weighter().weights(rates) > 0  # the teacher need not answer the others
+        problems, rates = problems.subset(kept.nonzero().flatten().tolist()), rates[kept]
+    rows = problems.rows(setting.responses(context, problems) if kind == "forward" else None)
+    if rates is not None:
+        rows = args.weighter().attach(rows, rates)
     student: nn.Module = setting.open(artefacts[source]).train()
     if config.student.adapters is not None:
         student = add_adapters(student, config.student.adapters, "causal", field="student.adapters")
