@@ -9,15 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from kd_llm.engine.mixture import DomainMixture
 from kd_llm.engine.objective import StudentCall
 from kd_llm.engine.perplexity import perplexities
 from kd_llm.engine.teachers import LocalTeacher
-from kd_llm.methods.ddk import DDK, DDKConfig, initial_shares, next_shares
+from kd_llm.methods.ddk import (
+    DDK,
+    METHOD,
+    DDKConfig,
+    completed,
+    initial_shares,
+    next_shares,
+    trajectory_metrics,
+)
 from kd_llm.testing import collate, examples, tiny_model
-from kdcore.config import parse
+from kdcore import run
+from kdcore.config import override, parse, read_yaml
 from kdcore.errors import InputError
+from kdcore.method import arm_config, config_of, find_config
 
 R0 = (0.186323723, 0.307195886, 0.506480391)
 
@@ -286,3 +297,143 @@ def test_the_state_is_plain():
     other.load_extra_state(json.loads(json.dumps(state)))
     assert other.extra_state() == state
     assert other.mixture.slots() == objective.mixture.slots()
+
+
+# ---------------------------------------------------------------- whole runs
+
+SMALL = read_yaml(find_config("ddk/small"))
+TINY = {
+    "tokenizer.vocab_size": 320,
+    "data.size": 30,
+    "data.eval_size": 6,
+    "data.length": 32,
+    "teacher.config.hidden_size": 32,
+    "teacher.config.intermediate_size": 48,
+    "teacher.config.num_hidden_layers": 2,
+    "teacher.train.steps": 4,
+    "student.config.hidden_size": 16,
+    "student.config.intermediate_size": 24,
+    "student.config.num_hidden_layers": 1,
+    "train.steps": 7,
+    "train.accumulation": 2,
+    "train.batch_size": 4,
+    "train.checkpoint_every": 3,
+    "method_args.interval": 3,
+    "method_args.pretrain.train.steps": 2,
+    "evaluation.max_new_tokens": 6,
+}
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """One cache for the module: the teacher is trained once."""
+    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "ddk_cache"))
+
+
+def tiny(**more):
+    return config_of(METHOD, override({k: v for k, v in SMALL.items() if k != "compare"}, {**TINY, **more}))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_stock_model_and_the_trajectory(cache, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    metrics = run.train(METHOD, tiny(), tmp_path / "run", quiet=True, cpu=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    history = json.loads((tmp_path / "run" / "mixture.json").read_text())
+    assert [record["step"] for record in history] == [1, 4, 7]
+    logged = [line for line in records(tmp_path / "run") if line["kind"] == "mixture"]
+    assert [{k: line[k] for k in history[0]} for line in logged] == history
+    teacher = json.loads((tmp_path / "run" / "teacher_perplexity.json").read_text())
+    assert set(teacher) == set(history[0]["ratio"]) == {"prose", "code", "tests"}
+    assert metrics["ratio/max"] == max(value for name, value in metrics.items() if name.startswith("ratio/"))
+    assert {"mixture/turnover", "mixture/correlation", "ratio/gap"} <= metrics.keys()
+    assert run.evaluate(tmp_path / "run") == metrics
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_goes_on_bit_exactly(cache, tmp_path, monkeypatch):
+    run.train(METHOD, tiny(), tmp_path / "whole", quiet=True, cpu=True)
+    steps, original = [], DDK.on_step_end
+
+    def cut(self, trainer):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        original(self, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DDK, "on_step_end", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(METHOD, tiny(), tmp_path / "cut", quiet=True, cpu=True)
+    run.train(METHOD, tiny(), tmp_path / "cut", quiet=True, cpu=True, resume=True)
+    one, other = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    histories = [(tmp_path / name / "mixture.json").read_text() for name in ("whole", "cut")]
+    assert histories[0] == histories[1]
+    logged = [
+        [line["interval"] for line in records(tmp_path / n) if line["kind"] == "mixture"] for n in ("whole", "cut")
+    ]
+    assert logged == [[0, 1, 2]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", [{"method_args.sampling": "natural"}, {"method_args.gamma": 0.0}])
+def test_arms_run(cache, tmp_path, arm):
+    metrics = run.train(METHOD, tiny(**arm), tmp_path / "run", quiet=True, cpu=True)
+    assert math.isfinite(metrics["ratio/mean"])
+    if "method_args.sampling" in arm:
+        assert metrics["mixture/turnover"] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data.domains": ["code"]}, r"data\.domains: given \['code'\], allowed: two or more"),
+        ({"method_args.pretrain.shares": {"cod": 0.5}}, r"pretrain\.shares: 'cod' is no domain; did you mean 'code'"),
+        ({"method_args.pretrain.train": {"epochs": 1}}, r"pretrain\.train: .* give steps"),
+        ({"task": "masked"}, "task = 'masked'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(cache, tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        run.train(METHOD, tiny(**values), tmp_path / "run", quiet=True, cpu=True)
+
+
+@pytest.mark.parametrize("values", [{"alpha": 1.5}, {"interval": 0}, {"sampling": "x"}, {"gamma": -1}])
+def test_bad_fields_are_named(values):
+    with pytest.raises(InputError, match=f"'{next(iter(values))}'"):
+        parse(DDKConfig, values)
+
+
+def test_shares_of_a_pretraining():
+    assert completed({"b": 0.8}, ["a", "b", "c"]) == pytest.approx([0.1, 0.8, 0.1])
+    assert completed({"a": 0.5, "b": 0.5}, ["a", "b"]) == [0.5, 0.5]
+    with pytest.raises(InputError, match="sum to 1 at most"):
+        parse(DDKConfig, {"pretrain": {"train": {"steps": 1}, "shares": {"a": 0.7, "b": 0.7}}})
+
+
+def test_trajectory():
+    history = [
+        {"sampled": {"a": 0.9, "b": 0.1}, "ratio": {"a": 1.0, "b": 1.0}},
+        {"sampled": {"a": 0.6, "b": 0.4}, "ratio": {"a": 2.0, "b": 1.5}},
+        {"sampled": {"a": 0.5, "b": 0.5}, "ratio": {"a": 1.5, "b": 1.5}},
+        {"sampled": {"a": 0.3, "b": 0.7}, "ratio": {"a": 1.2, "b": 1.1}},
+    ]
+    found = trajectory_metrics(history)
+    assert found["mixture/turnover"] == pytest.approx(0.15)
+    assert found["mixture/correlation"] == pytest.approx(0.0, abs=1e-9)
+    assert trajectory_metrics(history[:1]) == {}
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_configs_and_their_arms_are_valid(name):
+    values = read_yaml(find_config(f"ddk/{name}"))
+    config_of(METHOD, values)
+    for overrides in values["compare"].values():
+        arm_config(values, overrides)
