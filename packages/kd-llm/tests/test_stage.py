@@ -250,3 +250,27 @@ def test_two_stages_in_a_run_and_its_resume(tmp_path, toy):
     assert not any("lora" in name for name, _ in merged.named_parameters())
     steps = [(line["stage"], line["step"]) for line in records(tmp_path / "run", "train")]
     assert steps == [(stage, step) for stage in ("teacher", "student") for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("data", "workers"), [("list", 0), ("hugging face", 1), ("stream", 0)])
+def test_kinds_of_data_and_their_resume(tmp_path, toy, data, workers):
+    config = TrainConfig(
+        steps=7,
+        batch_size=4,
+        accumulation=2,
+        num_workers=workers,
+        checkpoint_every=3,
+        log_every=100,
+        optimizer={"name": "adamw", "lr": 0.01},
+    )
+    toy.run(tmp_path / "whole", config=config, data=data)
+    with pytest.raises(NonFiniteLoss):
+        toy.run(tmp_path / "cut", config=config, data=data, poison=4)
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints" / "student").iterdir()] == ["checkpoint-3"]
+    toy.run(tmp_path / "cut", config=config, data=data, resume=True)
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stream_needs_a_budget_in_steps(tmp_path, toy):
+    with pytest.raises(InputError, match=r"train\.epochs: the data set has no length"):
+        toy.run(tmp_path, config=TrainConfig(epochs=1, batch_size=4), data="stream")

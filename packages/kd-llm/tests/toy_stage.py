@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import IterableDataset
 
 from kd_llm.engine.objective import DivergenceArgs, TokenObjective
 from kd_llm.engine.teachers import LocalTeacher
@@ -45,7 +46,33 @@ class WithProjection(TokenObjective):
             print("step", int(self.steps), flush=True)
 
 
-def run(folder: Path, *, resume=False, dropout=0.1, quiet=True, evaluate=True, config=None, poison=None, say=False):
+class Stream(IterableDataset):
+    """Examples without a length."""
+
+    def __iter__(self):
+        return iter(examples(36))
+
+
+def data_set(kind):
+    if kind == "hugging face":
+        from datasets import Dataset
+
+        return Dataset.from_list(examples(36))
+    return Stream() if kind == "stream" else examples(36)
+
+
+def run(
+    folder: Path,
+    *,
+    resume=False,
+    dropout=0.1,
+    quiet=True,
+    evaluate=True,
+    config=None,
+    poison=None,
+    say=False,
+    data="list",
+):
     """Trains the toy into `folder`; returns the stage's artefacts."""
     train = config or TrainConfig(
         steps=24,
@@ -72,7 +99,7 @@ def run(folder: Path, *, resume=False, dropout=0.1, quiet=True, evaluate=True, c
             torch.rand(3)  # a validation that draws must not change the training
             return {"loss": model(**{k: v for k, v in held_out.items() if k != "example"}).loss.item()}
 
-        return LMSetup(student, None, objective, examples(36), collate, measure if evaluate else None)
+        return LMSetup(student, None, objective, data_set(data), collate, measure if evaluate else None)
 
     if context.is_main:
         (folder / "processes").write_text(str(accelerator.num_processes))

@@ -128,6 +128,8 @@ class TransformersStage:
             raise InputError(
                 f"train.monitor = '{self.train.monitor}': stage '{self.name}' has no validation to take it from"
             )
+        if self.train.steps is None and not hasattr(setup.dataset, "__len__"):
+            raise InputError("train.epochs: the data set has no length; give train.steps as the budget")
         if self.train.compile:
             _compile_body(setup.model)
         return training_arguments(

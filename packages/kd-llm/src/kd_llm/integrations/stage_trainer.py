@@ -88,8 +88,6 @@ class StageTrainer(DistillTrainer):
 
     def get_train_dataloader(self) -> Any:
         if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__len__"):
-            if self.config.steps is None:
-                raise InputError("train.epochs: the data set has no length; give train.steps as the budget")
             self.batches_per_epoch = None
             return super().get_train_dataloader()
         if not len(self.train_dataset):
