@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import string
 
@@ -664,3 +665,82 @@ def test_a_chunk_that_the_end_has_cut_does_not_count():
     )
     assert made.window(nn.Module(), [collate(whole)], 0)[0]["span_pairs"].tolist() == [[0, 1], [0, 2]]
     assert made.window(nn.Module(), [collate(cut)], 0)[0]["span_pairs"].tolist() == []
+
+
+# ---------------------------------------------------------------- runs
+
+
+def run_config(tmp_path, **changes):
+    from kdcore.config import override
+    from kdcore.method import config_of, get
+
+    shape = {"model_type": "llama", "num_attention_heads": 2, "max_position_embeddings": 64}
+    budget = {"steps": 3, "batch_size": 8, "optimizer": {"name": "adamw", "lr": 1e-2}}
+    values = {
+        "method": "semantic_revision",
+        "tokenizer": {"vocab_size": 300},
+        "teacher": {
+            "config": {**shape, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16},
+            "train": budget,
+        },
+        "student": {"config": {**shape, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}},
+        "data": {"name": "text", "root": str(tmp_path / "text.txt"), "length": 24, "prompt_tokens": 6},
+        "method_args": {
+            "sft": budget,
+            "chunker": "words",
+            "sampling": {"max_new_tokens": 6},
+            "off_policy": {"initial": 1.0, "every": 2, "capacity": 16},
+        },
+        "train": {**budget, "steps": 4, "log_every": 1},
+    }
+    words = "Now is the winter of our discontent, made glorious summer by this sun of York. "
+    lines = [f"{words[i % 40 :]}{i} {words[: 20 + i % 30]}" for i in range(80)]
+    (tmp_path / "text.txt").write_text("\n\n".join(lines))
+    return config_of(get("semantic_revision"), override(values, changes))
+
+
+@pytest.mark.slow
+def test_a_run_from_text_to_a_stock_student(tmp_path, monkeypatch):
+    import json
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kd_llm.methods.semantic_revision import METHOD
+    from kdcore.run import train
+
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    metrics = train(METHOD, run_config(tmp_path), folder, quiet=True, cpu=True)
+    assert list(json.loads((folder / "stages.json").read_text())) == ["tokenizer", "teacher", "sft", "student"]
+    assert metrics["student/perplexity"] > 1
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    terms = [x["terms"] for x in lines if x["stage"] == "student" and x["kind"] == "train"]
+    assert list(terms[0]) == ["sft", "dac", "span", "kept_share", "kept_mass", "student_share"]
+    assert all(term["student_share"]["raw"] == pytest.approx(1) for term in terms)
+    assert terms[0]["kept_share"]["raw"] == pytest.approx(0.5, abs=0.02)  # f starts at the middle
+    for term in terms:
+        assert 8 / 300 < term["kept_share"]["raw"] < 1 + 1e-6
+        assert 0 < term["kept_mass"]["raw"] < 1 + 1e-6
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    assert model(**tokenizer("Now is", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
+    assert not any("clip" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "masked"}, "is for decoders"),
+        ({"data.packing": True}, "replaced one by one"),
+        ({"teacher.cache": "somewhere"}, "teacher.cache: the losses need"),
+        ({"method_args.chunker": "nltk"}, "chunker = 'nltk'"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_trains(tmp_path, changes, message):
+    from kd_llm.methods.semantic_revision import METHOD
+    from kdcore.run import check
+
+    if "nltk" in message and importlib.util.find_spec("nltk") is not None:
+        changes, message = {"method_args.chunker": "none"}, "chunker"
+    with pytest.raises(InputError, match=message):
+        check(METHOD, run_config(tmp_path, **changes), tmp_path / "run", cpu=True)

@@ -115,6 +115,8 @@ class ClipNetwork(nn.Module):
         super().__init__()
         self.features, self.l_max, self.u_min = features, config.l_max, config.u_min
         self.layers = nn.Sequential(nn.Linear(2 * features, config.hidden), nn.GELU(), nn.Linear(config.hidden, 2))
+        for parameter in self.layers[-1].parameters():  # a = b = 1/2 at the start, whatever phi is
+            nn.init.zeros_(parameter)
 
     def forward(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Student's and teacher's logits (C, V), which are constants here -> l, u."""
