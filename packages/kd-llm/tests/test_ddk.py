@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -380,6 +383,32 @@ def test_a_run_that_was_cut_goes_on_bit_exactly(cache, tmp_path, monkeypatch):
         [line["interval"] for line in records(tmp_path / n) if line["kind"] == "mixture"] for n in ("whole", "cut")
     ]
     assert logged == [[0, 1, 2]] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_mixture(cache, tmp_path):
+    """The same shares and the same student as one process, but for the order of sums."""
+    run.train(METHOD, tiny(), tmp_path / "one", quiet=True, cpu=True)
+    overrides = [f"{name}={json.dumps(value)}" for name, value in TINY.items()]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            *("-m", "kdcore", "train", "ddk/small", *overrides, "--output", str(tmp_path / "two")),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "mixture.json").read_text()) for name in ("one", "two"))
+    for before, after in zip(one, two, strict=True):
+        assert list(after["shares"].values()) == pytest.approx(list(before["shares"].values()), rel=1e-4)
+    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -315,6 +315,42 @@ def test_masks_that_do_not_fit_and_files_that_are_none_are_named(tmp_path):
             load_masks(tmp_path / name)
 
 
+@pytest.fixture
+def one_process_group(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_masks_follow_weights_that_fsdp2_shards_afterwards(one_process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = gpt2()
+    masks = prune_model(model, batches(), Pattern.parse("2:4"))
+    weights = MaskedWeights(model, masks)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    with torch.no_grad():
+        for parameter in model.transformer.h.parameters():
+            parameter.add_(1.0)
+    assert all(hasattr(model.get_parameter(name), "placements") for name in masks)
+    weights.apply()
+    assert all((model.get_parameter(name).full_tensor()[~mask] == 0).all() for name, mask in masks.items())
+
+
+def test_weights_sharded_to_another_shape_are_refused():
+    model = gpt2()
+    weights = MaskedWeights(model, prune_model(model, batches(), Pattern.parse("2:4")))
+    block = model.transformer.h[0]
+    block.mlp.c_fc.weight = torch.nn.Parameter(block.mlp.c_fc.weight.detach().flatten())
+    with pytest.raises(InputError, match="shard with FSDP2"):
+        weights.apply()
+
+
 def test_report_counts_exact_zeros():
     model = gpt2()
     pattern = Pattern.parse(0.75)
