@@ -65,6 +65,7 @@ class DenseRows(Term):
         logits(self.teacher.hidden[rows], self.teacher.weight, buffer)
 
     def block(self, block: Block, rows: slice, buffer: Tensor | None, weight: Tensor | None) -> Tensor:
+        assert buffer is not None  # `load` filled it
         bias, t, z = self.teacher.bias, buffer, block.take_logits()
         bias = None if bias is None else bias.to(t.dtype).clamp(min=MASKED_LOGIT)
         finish(t, bias, self.teacher.head, self.temperature, False)

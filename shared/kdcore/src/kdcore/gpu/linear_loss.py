@@ -137,18 +137,11 @@ def linear_loss(
     _check(hidden, weight, bias, terms, chunk_bytes, chunk_tokens)
     dtype = accumulation_dtype(hidden, weight, *(term.hidden_t for term in terms if isinstance(term, Dense)))
     row_weights = torch.stack([term.row_weights.to(dtype) for term in terms])  # (K, N)
-    active = row_weights != 0
-    kept = active.any(0)
-    # One transfer to the host for all that must be known there.
-    flags = torch.cat([(row_weights.isfinite() & (row_weights >= 0)).all().view(1), kept.all().view(1), active.all(1)])
-    valid, all_kept, *_ = flags.tolist()
-    if not valid:
-        _refuse_weights(terms)
-    index = None if all_kept else kept.nonzero().squeeze(1)
+    index, own = _kept_rows(row_weights, terms)
     n = hidden.shape[0]
     if index is not None:
         hidden, row_weights = hidden.index_select(0, index), row_weights[:, index]
-    runs = [_rows_of(k, term, row_weights[k], index, len(weight)) for k, term in enumerate(terms)]
+    runs = [_rows_of(k, term, own[k], index, len(weight)) for k, term in enumerate(terms)]
     # Cross-entropy first: it only reads the logits and their softmax, which a divergence overwrites.
     order = sorted(range(len(terms)), key=lambda k: not isinstance(terms[k], CrossEntropy))
     scales = torch.tensor([_scale(terms[k]) for k in order], dtype=dtype).to(hidden.device).unsqueeze(1)
@@ -170,14 +163,26 @@ def linear_loss(
     return LinearLoss(total, tuple(values[i] for i in place), tuple(rows[i] for i in place))
 
 
+def _kept_rows(row_weights: Tensor, terms: Sequence[Any]) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Rows with a weight in some term, and each term's places among them; None stands for all."""
+    active = row_weights != 0
+    kept = active.any(0)
+    valid = (row_weights.isfinite() & (row_weights >= 0)).all()
+    # One transfer to the host for all that must be known there.
+    flags = torch.cat([valid.view(1), kept.all().view(1), (active == kept).all(1)]).tolist()
+    if not flags[0]:
+        _refuse_weights(terms)
+    index = None if flags[1] else kept.nonzero().squeeze(1)
+    among = active if index is None else active[:, index]
+    return index, [None if all_kept else a.nonzero().squeeze(1) for a, all_kept in zip(among, flags[2:])]
+
+
 def _scale(term: CrossEntropy | Dense | Sparse) -> float:
     return 1.0 if isinstance(term, CrossEntropy) or not term.scale_by_tau2 else float(term.temperature) ** 2
 
 
-def _rows_of(k: int, term: Any, row_weights: Tensor, index: Tensor | None, vocab: int) -> Term:
-    """The term on its own rows among the kept rows `index` (None: all): those of weight other than 0."""
-    mine = (row_weights != 0).nonzero().squeeze(1)
-    own = None if len(mine) == len(row_weights) else mine
+def _rows_of(k: int, term: Any, own: Tensor | None, index: Tensor | None, vocab: int) -> Term:
+    """The term on its rows `own` (None: all) among the kept rows `index` (None: all)."""
     chosen = index if own is None else own if index is None else index[own]
 
     def take(x: Tensor) -> Tensor:
