@@ -27,6 +27,7 @@ from torch import Tensor
 from kdcore.errors import InputError
 
 PREFIX = "step-"
+TRAINER_PREFIX = "checkpoint-"  # of transformers' Trainer, where a stage runs it: other files, the same manifest
 
 
 @dataclass
@@ -98,7 +99,9 @@ def latest(folder: Path) -> Path | None:
 
 def last_good(run: Path) -> Path | None:
     """The newest whole checkpoint anywhere in a run directory, for messages about a failed run."""
-    found = sorted((run / "checkpoints").glob(f"*/{PREFIX}*"), key=lambda path: path.stat().st_mtime)
+    folder = run / "checkpoints"
+    found = [*folder.glob(f"*/{PREFIX}*"), *folder.glob(f"*/{TRAINER_PREFIX}*")]
+    found.sort(key=lambda path: path.stat().st_mtime)
     return next((path for path in reversed(found) if not fault(path)), None)
 
 
@@ -113,7 +116,8 @@ def fault(path: Path) -> str | None:
         return "manifest.json is missing or unreadable"
     if path.name.startswith(PREFIX) and path.name != f"{PREFIX}{step:08d}":
         return f"manifest.json is of step {step}"
-    for name, expected in {"model.safetensors": None, "state.pt": None, **files}.items():
+    needed = {} if path.name.startswith(TRAINER_PREFIX) else {"model.safetensors": None, "state.pt": None}
+    for name, expected in {**needed, **files}.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if _sha256(path / name) != expected:

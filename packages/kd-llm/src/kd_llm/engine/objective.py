@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -200,7 +201,9 @@ class TokenObjective(Objective):
     def token_terms(self, rows: HiddenRows, batch: Batch, items: Tensor | int | None) -> LossTerms:
         """Soft and hard terms of rows that exist; for objectives that add terms of their own."""
         args, signal = self.args, self.signal(rows, batch)
-        weights = r.row_weights(batch, rows.index, self.count(batch) if items is None else items, args.reduction)
+        items = self.count(batch) if items is None else items
+        dtype = torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
+        weights = r.row_weights(batch, rows.index, items, args.reduction, dtype)
         return token_terms(
             rows, signal, weights, args.kind(), args.soft_weight, args.hard_weight, vocabulary=self.vocabulary
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -178,7 +179,10 @@ def _silent_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            for library in ("transformers", "peft", "accelerate"):
+                warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

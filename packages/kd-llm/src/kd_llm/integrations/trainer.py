@@ -32,7 +32,7 @@ from kd_llm.engine.objective import DivergenceArgs, Objective, StudentCall, Toke
 from kd_llm.engine.rows import EXTRA, model_inputs
 from kd_llm.engine.teachers import LocalTeacher, TeacherSource
 from kd_llm.integrations.terms import TermMeter, flat
-from kdcore.checkpoint import rng_state, set_rng_state
+from kdcore.checkpoint import fault, rng_state, set_rng_state
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError, RunFailed
 
@@ -365,15 +365,12 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(f"checkpoint {path}: no such folder")
     if not (path / MANIFEST).is_file():
         return
-    try:
-        files = dict(json.loads((path / MANIFEST).read_text())["files"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"checkpoint {path}: {MANIFEST} is unreadable") from None
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            raise InputError(f"checkpoint {path}: {name} is missing")
-        if _sha256(path / name) != expected:
-            raise InputError(f"checkpoint {path}: {name} is corrupt (its SHA-256 differs from the manifest)")
+    problem = fault(path)
+    if problem:
+        good = [other for other in path.parent.glob("checkpoint-*") if other != path and not fault(other)]
+        last = max(good, key=lambda other: int(other.name.rpartition("-")[2]), default=None)
+        hint = f"; {last.name} is good: remove {path.name} to go on from it" if last else "; no other one is good"
+        raise InputError(f"checkpoint {path}: {problem}{hint}")
 
 
 def _sha256(path: Path) -> str:
