@@ -32,6 +32,8 @@ SLOW_LIBRARIES = {"torch", "accelerate", "numpy", "safetensors"}
 LIGHT = CORE_LIBRARIES | {"PIL"}
 # Parts of a declared library that have import names of their own.
 PARTS = {"annotated_types": "pydantic", "pydantic_core": "pydantic"}
+# What a user installs beside a package: as an extra, its pins would bind the whole workspace. Imported where it is used.
+BESIDE = {"kd_llm": {"vllm"}}
 IMPORT_NAMES = {
     "opencv-python": "cv2",
     "pillow": "PIL",
@@ -181,6 +183,8 @@ def domain_rules(item: Import, allowed: frozenset[str] | set[str]) -> str | None
         return None
     if library.startswith("kd_"):
         return f"imports {library}: a domain package imports no other one"
+    if library in BESIDE.get(own, ()) and item.deferred:
+        return None
     if library not in allowed:
         return f"imports {library}, which pyproject.toml does not declare"
     if item.deferred or library == "kdcore":

@@ -289,7 +289,7 @@ class VLLMRollouts:
         import os
 
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # sync reaches into the engine of this process
-        vllm = importlib.import_module("vllm")
+        import vllm  # pyright: ignore[reportMissingImports]
 
         # ln q after temperature and filters, like HFRollouts; the default is that of the raw logits.
         self.llm = vllm.LLM(model=model, logprobs_mode="processed_logprobs", generation_config="vllm", **engine)
