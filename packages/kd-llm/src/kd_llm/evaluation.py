@@ -14,7 +14,7 @@ from kd_llm.models import load_model, parameters_of
 from kdcore.config import Config
 
 if TYPE_CHECKING:
-    from kd_llm.runs import Prepared, Run
+    from kd_llm.networks import Prepared, Run
     from kdcore.stages import Artefacts
 
 
@@ -58,7 +58,8 @@ def measure(
 
 def evaluate(config: Run, artefacts: Artefacts, *, prepared: Prepared | None = None) -> dict[str, Any]:
     """`student/...` and `teacher/...`: see `kd_llm.metrics`, and `parameters`; a confusion matrix of classifiers."""
-    from kd_llm.runs import open_teacher, prepare
+    from kd_llm.networks import open_teacher
+    from kd_llm.runs import prepare
 
     prepared = prepared or prepare(config)
     device = run_device()
@@ -128,7 +129,8 @@ def predict(
     config: Run, artefacts: Artefacts, count: int, *, prepared: Prepared | None = None
 ) -> list[Mapping[str, Any]]:
     """Test prompts with the true continuation, the teacher's and the student's; of classifiers, their answers."""
-    from kd_llm.runs import open_teacher, prepare
+    from kd_llm.networks import open_teacher
+    from kd_llm.runs import prepare
 
     prepared = prepared or prepare(config)
     device = run_device()

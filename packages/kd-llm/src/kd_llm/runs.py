@@ -8,128 +8,66 @@ teacher (by name, or trained on the spot and cached) and a student. Methods with
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
 from kd_llm import __version__
 from kd_llm import evaluation as ev
-from kd_llm.collate import Collator, Task, Tokenised, tokenise
-from kd_llm.data import DataConfig, TextData, load_data
+from kd_llm.collate import Collator
+from kd_llm.data import TextData, load_data
 from kd_llm.integrations.stage import LMSetup, TransformersStage
-from kd_llm.models import ModelConfig, StudentConfig, load_model, open_model
-from kd_llm.tokenizers import TokenizerConfig, open_tokenizer, train_tokenizer
-from kdcore.config import Config, MethodConfig, MethodRunConfig, TrainConfig
+from kd_llm.models import open_model
+from kd_llm.networks import (
+    LLMRun,
+    Networks,
+    Prepared,
+    Run,
+    ServedConfig,
+    TeacherConfig,
+    open_student,
+    open_teacher,
+    teacher_source,
+    tokenizer_pair,
+    tokenizer_source,
+    training_batches,
+)
+from kd_llm.tokenizers import open_tokenizer, train_tokenizer
+from kdcore.config import MethodConfig, TrainConfig
 from kdcore.errors import InputError, did_you_mean
 from kdcore.method import Method
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from kd_llm.engine.objective import Objective
-    from kd_llm.engine.teachers import TeacherSource
+
+__all__ = [
+    "LLMRun",
+    "Networks",
+    "Prepared",
+    "Run",
+    "ServedConfig",
+    "TeacherConfig",
+    "language_model_method",
+    "make_setup",
+    "open_student",
+    "open_teacher",
+    "prepare",
+    "student_stage",
+    "supervised",
+    "teacher_identity",
+    "teacher_source",
+    "teacher_stage",
+    "tokenizer_pair",
+    "tokenizer_source",
+    "tokenizer_stage",
+    "training_batches",
+    "write_cache",
+]
 
 A = TypeVar("A", bound=MethodConfig)
-
-
-class ServedConfig(Config):
-    """A teacher behind an OpenAI-style server that gives the log-probabilities of a prompt (vLLM)."""
-
-    url: str = Field(description="address of the server, such as http://localhost:8000/v1")
-    model: str = Field(description="the model's name there")
-    k: int = Field(20, ge=1, description="most probable tokens of each position; the server has a limit of its own")
-
-
-class TeacherConfig(ModelConfig):
-    train: TrainConfig | None = Field(None, description="how to train it on the spot; None: it comes with weights")
-    cache: str | None = Field(None, description="folder of `kd cache`: its top-k replaces the teacher in training")
-    served: ServedConfig | None = Field(None, description="a server that replaces the teacher in training")
-
-    @model_validator(mode="after")
-    def _has_weights(self) -> TeacherConfig:
-        if self.pretrained is None and self.config is None:
-            raise ValueError("has no source: give pretrained, or config with train")
-        if self.config is not None and self.train is None:
-            raise ValueError("has no weights: give pretrained, or train beside config")
-        if self.cache is not None and self.served is not None:
-            raise ValueError("has two replacements: give cache or served")
-        return self
-
-
-class LLMRun(MethodRunConfig[A], Generic[A]):
-    """The config of a run: tokenizer, two networks, the data, the method's arguments and the budget."""
-
-    task: Task = Field(
-        "causal", description="what the networks are: decoders, masked encoders, encoder-decoders, classifiers"
-    )
-    tokenizer: TokenizerConfig = Field(default_factory=lambda: TokenizerConfig.model_validate({}))
-    teacher: TeacherConfig
-    student: StudentConfig
-    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
-    evaluation: ev.EvaluationConfig = Field(default_factory=lambda: ev.EvaluationConfig.model_validate({}))
-
-
-Run = LLMRun[Any]
-
-
-@dataclass
-class Prepared:
-    """The data of a run, and what the tokenizer makes of it (computed when first asked for)."""
-
-    config: Run
-    data: TextData
-    _tokenizer: Any = None
-    _tokens: Tokenised | None = None
-
-    def tokenizer(self, artefacts: Artefacts) -> PreTrainedTokenizerBase:
-        """The run's tokenizer, from its artefact."""
-        if self._tokenizer is None:
-            self._tokenizer = open_tokenizer(artefacts["tokenizer"])
-        return self._tokenizer
-
-    def tokens(self, artefacts: Artefacts) -> Tokenised:
-        """The three splits as rows of tokens; see `kd_llm.collate`."""
-        if self._tokens is None:
-            self._tokens = tokenise(self.data, self.tokenizer(artefacts), task=self.config.task)
-        return self._tokens
-
-    def collator(self, artefacts: Artefacts) -> Collator:
-        return Collator(self.tokenizer(artefacts), task=self.config.task)
-
-
-@dataclass
-class Networks:
-    """What a method's `build` gets: a fresh student, the tokenizer, the rows; the teacher is opened when asked for."""
-
-    student: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    tokens: Tokenised
-    prepared: Prepared
-    context: RunContext
-    _teacher: nn.Module | None = field(default=None, repr=False)
-
-    @property
-    def teacher_model(self) -> nn.Module:
-        """The teacher beside the student, whatever `teacher.cache` and `teacher.served` say."""
-        if self._teacher is None:
-            config = self.prepared.config
-            found = open_teacher(config, self.prepared, self.context.artefacts)
-            if found is None:
-                raise InputError("teacher: this method needs its weights; give teacher.pretrained, or config and train")
-            self._teacher = found
-        return self._teacher
-
-    @property
-    def teacher(self) -> TeacherSource:
-        """Where the signal comes from: the cache or the server of the config, else the teacher itself."""
-        return teacher_source(self.prepared.config, self)
-
-
 Build = Callable[[Any, Networks], "Objective"]
 Rows = Callable[[Networks], Any]
 
@@ -159,11 +97,6 @@ def _check_monitor(train: TrainConfig | None, config: Run, data: TextData, field
         known = ["perplexity", "token_accuracy", *(f"perplexity/{d}" for d in data.domains if len(data.domains) > 1)]
     if train.monitor not in known:
         raise InputError(f"{field}.monitor = '{train.monitor}': not a metric{did_you_mean(train.monitor, known)}")
-
-
-def tokenizer_source(config: Run) -> str | None:
-    """Name or folder of the run's stock tokenizer; None: it is trained. The student's goes before the teacher's."""
-    return config.tokenizer.pretrained or config.student.pretrained or config.teacher.pretrained
 
 
 def tokenizer_stage(config: Run, prepared: Prepared) -> Stage:
@@ -332,71 +265,7 @@ def student_stage(
     return TransformersStage(name, train or config.train, setup, artefact=artefact)
 
 
-# ---------------------------------------------------------------- networks
-
-
-def open_student(config: Run, prepared: Prepared, artefacts: Artefacts) -> nn.Module:
-    """A fresh student: by name, from its config, or cut out of the teacher."""
-    teacher = None
-    if config.student.cut is not None:
-        teacher = open_teacher(config, prepared, artefacts)
-    return open_model(
-        config.student,
-        config.task,
-        prepared.tokenizer(artefacts),
-        prepared.data.num_labels or None,
-        teacher=teacher,
-        field="student",
-    )
-
-
-def open_teacher(config: Run, prepared: Prepared, artefacts: Artefacts, *, name: str = "teacher") -> nn.Module | None:
-    """The teacher from its folder in the run, or by its name; None for a teacher that a server alone has."""
-    teacher = config.teacher
-    labels = prepared.data.num_labels or None
-    source = artefacts.get(name) or teacher.pretrained
-    if source is None:
-        return None
-    return load_model(
-        source,
-        config.task,
-        labels,
-        revision=None if name in artefacts else teacher.revision,
-        dtype=teacher.dtype,
-        attention=teacher.attn_implementation,
-        field=f"{name}.pretrained",
-    )
-
-
-def teacher_source(config: Run, networks: Networks) -> TeacherSource:
-    """`teacher.cache`, checked against this teacher and this data; `teacher.served`; or the teacher in memory."""
-    from kd_llm.engine.teachers import CachedTeacher, LocalTeacher, data_identity
-
-    teacher = config.teacher
-    if teacher.served is not None:
-        from kd_llm.integrations.served import ServedTeacher
-
-        return ServedTeacher(
-            teacher.served.url, teacher.served.model, k=teacher.served.k, num_outputs=len(networks.tokenizer)
-        )
-    if teacher.cache is not None:
-        batches = training_batches(networks.tokens, Collator(networks.tokenizer), config.train.batch_size)
-        return CachedTeacher(teacher.cache, teacher=networks.teacher_model, data=data_identity(batches))
-    return LocalTeacher(networks.teacher_model)
-
-
-def tokenizer_pair(config: Run, networks: Networks) -> tuple[Any, Any] | None:
-    """(student's, teacher's) tokenizer, where both come by name: their vocabularies are compared."""
-    if config.teacher.pretrained is None or tokenizer_source(config) in (None, config.teacher.pretrained):
-        return None
-    return networks.tokenizer, open_tokenizer(config.teacher.pretrained, field="teacher.pretrained")
-
-
-def training_batches(tokens: Tokenised, collate: Collator, batch_size: int) -> Any:
-    """Every training row once, in order."""
-    rows = tokens.train
-    for start in range(0, len(rows), batch_size):
-        yield collate([rows[place] for place in range(start, min(start + batch_size, len(rows)))])
+# ---------------------------------------------------------------- the teacher's outputs
 
 
 def write_cache(config: Run, folder: Path, *, k: int = 64) -> dict[str, Any]:
