@@ -392,3 +392,23 @@ def test_configs_and_their_arms_are_valid(name):
     config_of(METHOD, values)
     for overrides in values["compare"].values():
         arm_config(values, overrides)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert"])
+def test_encoder_decoders_and_encoders_are_pruned_and_finetuned(kind):
+    teacher, batch = tiny_model(kind, seed=1), collate(examples(6))
+    student, pattern = copy.deepcopy(teacher), config(sparsity="2:4").pattern
+    masks = prune_model(student, [batch], pattern)
+    objective = SparseFinetuning(LocalTeacher(teacher), config(sparsity="2:4", c_kl=1), masks)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    values = []
+    for _ in range(8):
+        terms = terms_of(objective, student, batch)
+        optimizer.zero_grad()
+        terms.total().backward()
+        optimizer.step()
+        objective.on_step_end(None)
+        values.append(terms["squarehead"][1].item())
+    assert set(terms) == {"soft", "hard", "squarehead"}
+    assert values[-1] < values[0]
+    assert all((student.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
