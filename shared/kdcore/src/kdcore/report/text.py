@@ -14,8 +14,9 @@ _LOWER_PARTS = ("nll", "loss", "error", "flip", "ece", "seconds_per")
 _LOWER_WORDS = {"perplexity", "mse", "rmse", "mae", "fid", "lpips", "kl", "divergence", "distance", "latency", "brier"}
 _LOWER_WORDS |= {"frechet", "kid", "mmd", "wasserstein"}
 _HIGHER_WORDS = {"accuracy", "agreement", "auc", "coverage", "f1", "iou", "map", "miou", "nds", "precision", "psnr"}
-_HIGHER_WORDS |= {"density", "recall", "sensitivity", "specificity", "ssim", "top1", "top5"}
+_HIGHER_WORDS |= {"density", "pass", "recall", "sensitivity", "specificity", "ssim", "top1", "top5"}
 _FRACTION_WORDS = {"accuracy", "agreement", "coverage", "top1", "top5", "recall", "precision", "f1", "iou", "miou"}
+_FRACTION_WORDS |= {"pass"}
 
 
 def esc(value: Any) -> str:
