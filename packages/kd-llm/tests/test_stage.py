@@ -148,9 +148,7 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path, toy):
         toy.run(tmp_path, config=config, poison=7)
     file = tmp_path / "checkpoints" / "student" / "checkpoint-6" / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(
-        InputError, match=r"optimizer.pt is corrupt.*checkpoint-3 is good: remove checkpoint-6"
-    ):
+    with pytest.raises(InputError, match=r"optimizer.pt is corrupt.*checkpoint-3 is good: remove checkpoint-6"):
         toy.run(tmp_path, config=config, resume=True)
 
 
@@ -275,3 +273,19 @@ def test_kinds_of_data_and_their_resume(tmp_path, toy, data, workers):
 def test_a_stream_needs_a_budget_in_steps(tmp_path, toy):
     with pytest.raises(InputError, match=r"train\.epochs: the data set has no length"):
         toy.run(tmp_path, config=TrainConfig(epochs=1, batch_size=4), data="stream")
+
+
+def test_adapters_that_cannot_be_merged(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from kd_llm.integrations.stage import _check_merge
+    from kd_llm.testing import tiny_model
+
+    def adapted(tied, *modules):
+        config = LoraConfig(r=2, target_modules=list(modules))
+        return get_peft_model(tiny_model("llama", tie_word_embeddings=tied), config)
+
+    with pytest.raises(InputError, match="tied to the embedding cannot be merged"):
+        _check_merge(adapted(True, "q_proj", "lm_head"))
+    for model in (adapted(True, "q_proj"), adapted(False, "lm_head"), tiny_model("llama")):
+        _check_merge(model)

@@ -131,6 +131,8 @@ class TransformersStage:
             )
         if self.train.steps is None and not hasattr(setup.dataset, "__len__"):
             raise InputError("train.epochs: the data set has no length; give train.steps as the budget")
+        if setup.merge:
+            _check_merge(setup.model)
         if self.train.compile:
             _compile_body(setup.model)
         return training_arguments(
@@ -140,6 +142,21 @@ class TransformersStage:
             cpu=context.accelerator.device.type == "cpu",
             processes=context.accelerator.num_processes,
             accelerator_config={"use_configured_state": True},
+        )
+
+
+def _check_merge(model: nn.Module) -> None:
+    """Merging an adapter of a head into a weight that is the embedding too would change the embedding."""
+    from kd_llm.engine.heads import base_model, head_of
+
+    base = base_model(model)
+    if base is model or not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
+        return
+    weight = base.get_input_embeddings().weight
+    if head_of(model).adapters and any(p is weight for p in base.get_output_embeddings().parameters()):
+        raise InputError(
+            "adapters: LoRA on a head that is tied to the embedding cannot be merged; leave the head out of "
+            "target_modules, or untie it (tie_word_embeddings: false)"
         )
 
 
