@@ -9,9 +9,11 @@ from torch.nn.functional import cross_entropy
 
 from kd_llm.collate import Collator, pack, tokenise, tokenise_split
 from kd_llm.data import DataConfig, TextData
+from kd_llm.metrics import evaluation_batches
 from kd_llm.testing import tiny_model
 from kd_llm.tokenizers import open_tokenizer, train_tokenizer
 from kdcore.config import parse
+from kdcore.data import seeded_loader, set_epoch
 from kdcore.errors import InputError
 
 WORDS = ["alpha beta gamma delta", "def f(x): return x + 12", "über naïve 日本 emoji 🙂", "one two three four five six"]
@@ -188,6 +190,29 @@ def test_masked_tokens_are_drawn_as_in_bert(wordpiece):
     assert (batch["input_ids"][~chosen] == original[~chosen]).all()
     torch.manual_seed(0)
     assert torch.equal(collate([made[index] for index in range(200)])["input_ids"], batch["input_ids"])
+
+
+def test_a_mask_is_a_function_of_seed_epoch_and_rows(wordpiece):
+    made, _ = tokenise_split(rows(text=[" ".join(WORDS), "alpha beta"] * 8), wordpiece, 32, task="masked")
+    collate = Collator(wordpiece, task="masked")
+
+    def epoch(number, workers=0):
+        loader = seeded_loader(made, 4, seed=3, collate=collate, num_workers=workers)
+        set_epoch(loader, number)
+        return [batch["input_ids"] for batch in loader]
+
+    first = epoch(0)
+    torch.rand(17)  # the global generator is somewhere else
+    assert all(map(torch.equal, first, epoch(0)))
+    assert all(map(torch.equal, first, epoch(0, workers=1)))
+    assert not all(map(torch.equal, first, epoch(1)))
+    measured = [next(evaluation_batches(made, collate, 16)) for _ in range(2)]
+    assert torch.equal(measured[0]["labels"], measured[1]["labels"])
+    assert ((measured[0]["labels"] != -100).sum(1) > 0).all()
+    short, long = made[1], made[0]
+    alone, beside = collate([short]), collate([short, long])
+    width = alone["input_ids"].shape[1]
+    assert torch.equal(beside["input_ids"][0, :width], alone["input_ids"][0])
 
 
 # ---------------------------------------------------------------- packing

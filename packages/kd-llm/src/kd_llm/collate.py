@@ -19,7 +19,6 @@ functions (state-space models, absolute positions counted inside the model), mus
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from kd_llm import __version__
 from kd_llm.data import SPLITS, TextData, plain_prompt
 from kdcore.errors import InputError
+from kdcore.stages import digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,8 +94,9 @@ def tokenise_split(
     prompt_tokens: int = 16,
 ) -> tuple[Dataset, Counter[str]]:
     """The rows of one split as tokens, and how many were cut: `windows`, `completions`, `prompts`, `texts`."""
-    counts: Counter[str] = Counter()
-    maker = _Maker(tokenizer, length, completion_only, prompt_tokens, counts)
+    if task == "classification" and "label" not in rows.column_names:
+        raise InputError("data: the task is classification, and the data has no labels; give data.columns.label")
+    maker = _Maker(tokenizer, length, completion_only, prompt_tokens)
     make = {"causal": maker.causal, "seq2seq": maker.seq2seq, "masked": maker.encoded, "classification": maker.classed}
     kept = [name for name in ("domain", "kd_weight") if name in rows.column_names]
 
@@ -108,18 +110,28 @@ def tokenise_split(
                     result.setdefault(name, []).append(value)
         return result
 
-    if task == "classification" and "label" not in rows.column_names:
-        raise InputError("data: the task is classification, and the data has no labels; give data.columns.label")
     with quiet(len(rows) < 20_000):
         # Without a fingerprint of its own, `datasets` would pickle the tokenizer to make one.
-        made = rows.map(
-            batch,
-            batched=True,
-            remove_columns=rows.column_names,
-            load_from_cache_file=False,
-            new_fingerprint=uuid.uuid4().hex[:16],
-        )
-        return made.add_column("example", list(range(len(made)))), counts
+        settings = [length, task, completion_only, prompt_tokens, kept, tokenizer_digest(tokenizer), __version__]
+        fingerprint = digest([rows._fingerprint, settings])
+        made = rows.map(batch, batched=True, remove_columns=rows.column_names, new_fingerprint=fingerprint)
+    counts = Counter(name for cuts in made["cut"] for name in cuts)
+    made = made.remove_columns("cut").add_column("example", list(range(len(made))))
+    return (made.with_transform(_with_draws) if task == "masked" else made), counts
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of what decides the tokens of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return digest([content, str(tokenizer.special_tokens_map), tokenizer.chat_template])
+
+
+def _with_draws(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Rows as they are read get the seed of their mask from torch's generator, which a loader seeds by the epoch."""
+    if "example" not in columns:  # a column is read, not rows
+        return columns
+    return {**columns, "mask_seed": torch.randint(2**62, (len(columns["example"]),)).tolist()}
 
 
 @contextmanager
@@ -156,9 +168,8 @@ class _Maker:
         length: int,
         completion_only: bool,
         prompt_tokens: int,
-        counts: Counter[str],
     ):
-        self.tokenizer, self.length, self.counts = tokenizer, length, counts
+        self.tokenizer, self.length = tokenizer, length
         self.completion_only, self.prompt_tokens = completion_only, prompt_tokens
         self.end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         started = tokenizer("a")["input_ids"]
@@ -196,35 +207,40 @@ class _Maker:
         pieces = [self.start + ids[low : low + room] for low in range(0, len(ids), room)]
         # A last piece without a token to predict would be a row without a loss.
         pieces = [piece for piece in pieces if len(piece) > 1] or pieces[:1]
-        self.counts["windows"] += len(pieces) > 1
         return [
-            {"input_ids": piece, "labels": list(piece), "prompt_length": min(self.prompt_tokens, len(piece) - 1)}
-            for piece in pieces
+            {
+                "input_ids": piece,
+                "labels": list(piece),
+                "prompt_length": min(self.prompt_tokens, len(piece) - 1),
+                "cut": ["windows"] if number == 0 and len(pieces) > 1 else [],
+            }
+            for number, piece in enumerate(pieces)
         ]
 
     def _pair(self, prompt: Ids, completion: Ids) -> dict[str, Any]:
         """Prompt and completion in `length` tokens. The completion keeps a quarter of them at least, if it is as long:
         its end is cut first, then the prompt's beginning."""
+        cut = []
         least = min(len(completion), max(1, self.length // 4))
         if len(prompt) > self.length - least:
-            self.counts["prompts"] += 1
+            cut.append("prompts")
             prompt = prompt[: len(self.start)] + prompt[len(prompt) - (self.length - least - len(self.start)) :]
         if len(prompt) + len(completion) > self.length:
-            self.counts["completions"] += 1
+            cut.append("completions")
             completion = completion[: self.length - len(prompt)]
         ids = prompt + completion
         labels = [IGNORED] * len(prompt) + completion if self.completion_only else list(ids)
-        return {"input_ids": ids, "labels": labels, "prompt_length": len(prompt)}
+        return {"input_ids": ids, "labels": labels, "prompt_length": len(prompt), "cut": cut}
 
     def seq2seq(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if "prompt" not in row:
             raise InputError("data: an encoder-decoder needs prompts and completions, the data is plain text")
         prompt = row["prompt_ids"] + self.end
         completion = row["completion_ids"] + self.end
-        self.counts["prompts"] += len(prompt) > self.length
-        self.counts["completions"] += len(completion) > self.length
-        prompt = prompt[-self.length :]
-        return [{"input_ids": prompt, "labels": completion[: self.length], "prompt_length": len(prompt)}]
+        lengths = {"prompts": len(prompt), "completions": len(completion)}
+        cut = [name for name, length in lengths.items() if length > self.length]
+        prompt, labels = prompt[-self.length :], completion[: self.length]
+        return [{"input_ids": prompt, "labels": labels, "prompt_length": len(prompt), "cut": cut}]
 
     def encoded(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """An encoder's text with its special tokens; labels are drawn by the collator (masked) or the class."""
@@ -232,9 +248,9 @@ class _Maker:
         pair = row.get("text_pair")
         made = self.tokenizer(text, pair, truncation=True, max_length=self.length)
         whole = len(self.ids(text)) + (len(self.ids(pair)) if pair else 0)
-        self.counts["texts"] += whole + self.tokenizer.num_special_tokens_to_add(pair is not None) > self.length
+        whole += self.tokenizer.num_special_tokens_to_add(pair is not None)
         kept = {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}
-        return [{**kept, "prompt_length": 0}]
+        return [{**kept, "prompt_length": 0, "cut": ["texts"] if whole > self.length else []}]
 
     def classed(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{**piece, "labels": row["label"]} for piece in self.encoded(row)]
@@ -281,7 +297,8 @@ class Collator:
     input_ids, attention_mask, labels (B, L); example, domain, prompt_length (B,); kd_weight (B,) float32 where the
     rows have it; packed rows have position_ids (B, L) instead of attention_mask. For classification labels is (B,).
     For masked language models 15 % of the tokens are drawn anew in every batch: 80 % of them become [MASK], 10 % a
-    random token, 10 % stay (BERT, arXiv 1810.04805, section 3.1); they are drawn from torch's generator.
+    random token, 10 % stay (BERT, arXiv 1810.04805, section 3.1). A row's mask is a function of its `mask_seed`, which
+    reading the row draws from torch's generator: seeded by the epoch in a stage, whoever shares the batch.
     """
 
     def __init__(
@@ -313,7 +330,9 @@ class Collator:
         if "token_type_ids" in rows[0]:
             batch["token_type_ids"] = self._padded([row["token_type_ids"] for row in rows], 0)
         if self.task == "masked":
-            batch["input_ids"], batch["labels"] = self._mask(batch["input_ids"])
+            seeds = [row["mask_seed"] if "mask_seed" in row else int(torch.randint(2**62, ())) for row in rows]
+            masked = [self._mask(ids, seed) for ids, seed in zip(batch["input_ids"], seeds, strict=True)]
+            batch["input_ids"], batch["labels"] = (torch.stack(parts) for parts in zip(*masked, strict=True))
         elif self.task == "classification":
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         else:
@@ -330,16 +349,14 @@ class Collator:
         width = -(-width // self.multiple) * self.multiple
         return torch.tensor([[*ids, *[value] * (width - len(ids))] for ids in lists])
 
-    def _mask(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _mask(self, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Ids and labels (L,) of one row; the draws of a position do not depend on the padding behind it."""
+        draw = torch.rand(len(ids), 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        chosen = (torch.rand(ids.shape) < self.masked_share) & ~special
-        if not chosen.any():  # a batch of very short texts: one token, so that there is a loss
-            candidates = (~special).nonzero()
-            if len(candidates):
-                row, column = candidates[int(torch.randint(len(candidates), ()))]
-                chosen[row, column] = True
+        chosen = (draw[:, 0] < self.masked_share) & ~special
+        if not chosen.any() and not special.all():  # a very short text: one token, so that it has a loss
+            chosen[draw[:, 3].masked_fill(special, 2.0).argmin()] = True
         labels = torch.where(chosen, ids, IGNORED)
-        draw = torch.rand(ids.shape)
-        replaced = torch.where(chosen & (draw < 0.8), self.tokenizer.mask_token_id, ids)
-        other = torch.randint(len(self.tokenizer), ids.shape)
-        return torch.where(chosen & (draw >= 0.9), other, replaced), labels
+        replaced = torch.where(chosen & (draw[:, 1] < 0.8), self.tokenizer.mask_token_id, ids)
+        other = (draw[:, 2] * len(self.tokenizer)).long()
+        return torch.where(chosen & (draw[:, 1] >= 0.9), other, replaced), labels

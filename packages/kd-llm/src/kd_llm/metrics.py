@@ -199,8 +199,12 @@ def prefixed(role: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def evaluation_batches(rows: Any, collate: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows of like length, in a fixed order."""
+    """Batches of rows of like length, in a fixed order; the mask of a row is always the same."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     for start in range(0, len(order), batch_size):
-        yield collate([rows[place] for place in order[start : start + batch_size]])
+        chosen = [dict(rows[place]) for place in order[start : start + batch_size]]
+        for row in chosen:
+            if "mask_seed" in row:
+                row["mask_seed"] = row["example"]
+        yield collate(chosen)

@@ -188,4 +188,13 @@ def training_batches(tokens: Tokenised, collate: Collator, batch_size: int) -> I
 
 def tokenizer_source(config: Run) -> str | None:
     """Name or folder of the run's stock tokenizer; None: it is trained. The student's goes before the teacher's."""
-    return config.tokenizer.pretrained or config.student.pretrained or config.teacher.pretrained
+    return next((part.pretrained for part in _named(config) if part.pretrained is not None), None)
+
+
+def tokenizer_revision(config: Run) -> str | None:
+    """The revision that goes with `tokenizer_source`."""
+    return next((part.revision for part in _named(config) if part.pretrained is not None), None)
+
+
+def _named(config: Run) -> list[TokenizerConfig | ModelConfig]:
+    return [config.tokenizer, config.student, config.teacher]

@@ -31,6 +31,7 @@ from kd_llm.networks import (
     open_teacher,
     teacher_source,
     tokenizer_pair,
+    tokenizer_revision,
     tokenizer_source,
     training_batches,
 )
@@ -109,7 +110,7 @@ def tokenizer_stage(config: Run, prepared: Prepared) -> Stage:
             for note in prepared.data.notes:
                 context.say(note)
             if source is not None:
-                made: Any = open_tokenizer(source, revision=config.tokenizer.revision)
+                made: Any = open_tokenizer(source, revision=tokenizer_revision(config))
             else:
                 settings = config.tokenizer
                 made = train_tokenizer(
@@ -279,7 +280,7 @@ def write_cache(config: Run, folder: Path, *, k: int = 64) -> dict[str, Any]:
         raise InputError("task = 'classification': `kd cache` keeps distributions of tokens")
     source = tokenizer_source(config)
     assert source is not None  # a pretrained teacher is one
-    prepared._tokenizer = tokenizer = open_tokenizer(source, revision=config.tokenizer.revision)
+    prepared._tokenizer = tokenizer = open_tokenizer(source, revision=tokenizer_revision(config))
     tokens, collate = prepared.tokens({}), Collator(tokenizer, task=config.task)
     teacher = open_teacher(config, prepared, {})
     assert teacher is not None
