@@ -199,7 +199,8 @@ class StudentResponses:
             own = [next(fresh) for _ in some]
             new += own
             result.append({"fresh": own, "replay": kept, "data": None}[source])
-        self.buffer.add(_from_all(new) if "fresh" in sources else [])
+        if set(sources) != {"data"}:  # all processes agree on that, so that all of them meet here
+            self.buffer.add(_from_all(new))
         return result
 
     def _sampled(self, student: nn.Module, prompts: Sequence[Tensor], step: int) -> list[Rollout]:

@@ -43,7 +43,17 @@ from kd_llm.general import TaskAndGeneral, general_rows
 from kd_llm.integrations.stage import LMSetup, TransformersStage
 from kd_llm.metrics import evaluation_batches
 from kd_llm.models import ModelConfig, load_model, make_config
-from kd_llm.runs import LLMRun, Prepared, Run, make_setup, open_student, prepare, teacher_stage, tokenizer_stage
+from kd_llm.runs import (
+    LLMRun,
+    Prepared,
+    Run,
+    make_setup,
+    open_student,
+    prepare,
+    teacher_stage,
+    tokenizer_source,
+    tokenizer_stage,
+)
 from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method
@@ -423,7 +433,9 @@ def general_identity(run: Progressive) -> dict[str, Any]:
         "teacher": config.teacher.model_dump(mode="json"),
         "student": config.student.model_dump(mode="json"),
         "tokenizer": config.tokenizer.model_dump(mode="json"),
-        "contents": run.data.digest(),  # the tokenizer is trained on the task's text, too
+        # A tokenizer that is trained has seen the task's text; the head, which GD leaves alone, has its classes.
+        "contents": run.data.digest() if tokenizer_source(config) is None else run.data.general_digest(),
+        "classes": run.data.num_labels,
         "length": config.data.length,
         "train": args.stages["GD"].of(config.train, last=False).model_dump(mode="json"),
         "latent": [args.latent.model_dump(mode="json"), args.latent_weight],
