@@ -113,6 +113,17 @@ class Networks:
             self._teacher = found
         return self._teacher
 
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's weights, which are read for it and let go: a training from a cache holds no teacher."""
+        from kdcore.gpu import module_fingerprint
+
+        if self._teacher is not None:
+            return module_fingerprint(self._teacher)
+        found = open_teacher(self.prepared.config, self.prepared, self.context.artefacts)
+        if found is None:
+            raise InputError("teacher.cache: its weights are needed to check the cache; give teacher.pretrained")
+        return module_fingerprint(found)
+
     @property
     def teacher(self) -> TeacherSource:
         """Where the signal comes from: the cache or the server of the config, else the teacher itself."""
@@ -168,7 +179,7 @@ def teacher_source(config: Run, networks: Networks) -> TeacherSource:
         )
     if teacher.cache is not None:
         batches = training_batches(networks.tokens, Collator(networks.tokenizer), config.train.batch_size)
-        return CachedTeacher(teacher.cache, teacher=networks.teacher_model, data=data_identity(batches))
+        return CachedTeacher(teacher.cache, teacher=networks.teacher_fingerprint(), data=data_identity(batches))
     return LocalTeacher(networks.teacher_model)
 
 
