@@ -50,7 +50,7 @@ class SequenceConfig(Config):
     n: int = Field(1, ge=1, description="texts for each prompt")
     sampling: Sampling = Field(
         default_factory=lambda: Sampling.model_validate({"temperature": 0.0}),
-        description="how the teacher is sampled; temperature 0 is greedy",
+        description="how the teacher is sampled: greedily where this is not given",
     )
     batch_size: int = Field(256, ge=1, description="texts that are written at a time")
 
