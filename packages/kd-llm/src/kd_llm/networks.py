@@ -124,10 +124,6 @@ class Networks:
             raise InputError("teacher.cache: its weights are needed to check the cache; give teacher.pretrained")
         return module_fingerprint(found)
 
-    def forget_teacher(self) -> None:
-        """Lets go of the teacher's weights."""
-        self._teacher = None
-
     @property
     def teacher(self) -> TeacherSource:
         """Where the signal comes from: the cache or the server of the config, else the teacher itself."""
@@ -173,7 +169,6 @@ def open_teacher(config: Run, prepared: Prepared, artefacts: Artefacts, *, name:
 def teacher_source(config: Run, networks: Networks) -> TeacherSource:
     """`teacher.cache`, checked against this teacher and this data; `teacher.served`; or the teacher in memory."""
     from kd_llm.engine.teachers import CachedTeacher, LocalTeacher, data_identity
-    from kdcore.gpu import module_fingerprint
 
     teacher = config.teacher
     if teacher.served is not None:
