@@ -181,8 +181,9 @@ def test_probabilities_that_sum_to_one_leave_a_finite_rest(server):
 
 
 def test_the_key_is_sent(server):
-    source(server, api_key="secret").prompt_logprobs([4, 5])
-    assert server.headers[0]["Authorization"] == "Bearer secret"
+    word = "tulip"
+    source(server, api_key=word).prompt_logprobs([4, 5])
+    assert server.headers[0]["Authorization"] == f"Bearer {word}"
 
 
 def test_clear_refusals(server):
