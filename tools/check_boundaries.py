@@ -32,7 +32,7 @@ SLOW_LIBRARIES = {"torch", "accelerate", "numpy", "safetensors"}
 LIGHT = CORE_LIBRARIES | {"PIL"}
 # Parts of a declared library that have import names of their own.
 PARTS = {"annotated_types": "pydantic", "pydantic_core": "pydantic"}
-# What a user installs beside a package: as an extra, its pins would bind the whole workspace. Imported where it is used.
+# What a user installs beside a package, imported where it is used: as an extra, its pins would bind the workspace.
 BESIDE = {"kd_llm": {"vllm"}}
 IMPORT_NAMES = {
     "opencv-python": "cv2",
