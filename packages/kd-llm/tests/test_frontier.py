@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kd_llm.engine.frontier import (
     Weighter,
+    binned_snr,
     competence_weight,
     gradient_snr,
     normalised_over_step,
@@ -211,6 +212,15 @@ def test_problem_gradients_are_those_of_backward():
 
 def test_bins_of_eight_samples():
     assert pass_rate_bins(EIGHTHS).tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4]
+
+
+def test_snr_by_bins_and_the_share_of_the_edges():
+    rates = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 1.0], dtype=torch.float64)
+    vectors = torch.eye(7, dtype=torch.float64) * torch.tensor([1.0, 1, 1, 1, 3, 3, 2], dtype=torch.float64)
+    found, edge = binned_snr(rates, lambda chosen: vectors[chosen], 2, seed=0)
+    assert {name: snr.n for name, snr in found.items()} == {"bin1": 2, "bin3": 2, "bin5": 1}
+    assert found["bin3"].ratio == pytest.approx(1.0)  # mean (1.5, 1.5): 4.5 against (4.5 + 4.5) / 2
+    assert edge == pytest.approx((4 * 1 + 2) / (4 * 1 + 2 * 3 + 2))  # two of the four stand for all of them
 
 
 # ---------------------------------------------------------------- pass rates
