@@ -52,15 +52,15 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     if checkpoint.best is not None:
         save_file(_plain(checkpoint.best), temporary / "best.safetensors")
     torch.save(dict(checkpoint.state), temporary / "state.pt")
-    manifest = {"step": checkpoint.step, "files": {p.name: _sha256(p) for p in sorted(temporary.iterdir())}}
+    manifest = {"step": checkpoint.step, "files": {p.name: sha256(p) for p in sorted(temporary.iterdir())}}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync(folder)
+    sync(folder)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -120,7 +120,7 @@ def fault(path: Path) -> str | None:
     for name, expected in {**needed, **files}.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != expected:
+        if sha256(path / name) != expected:
             return f"{name} is corrupt (its SHA-256 differs from the manifest)"
     return None
 
@@ -140,12 +140,14 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

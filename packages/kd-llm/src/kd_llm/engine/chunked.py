@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcore.errors import InputError
-from kdcore.gpu._chunks import MASKED_LOGIT, HeadSpec, _add_gradients, accumulation_dtype, logits
+from kdcore.gpu._chunks import MASKED_LOGIT, HeadSpec, accumulation_dtype, add_gradients, logits
 
 CHUNK_BYTES = {"cpu": 2**26}  # of the two (rows, V) buffers; 2**28 elsewhere
 BLOCK_BYTES = {"cpu": 2**21}  # of one (rows, V) tensor inside a block; 2**24 elsewhere
@@ -200,7 +200,7 @@ def _close(z: Tensor, rows: Tensor, student: HeadRows, d_hidden, d_weight, d_bia
     """Adds a chunk's dZ to the gradients of hidden rows, head and bias."""
     own = None if d_hidden is None else torch.zeros(len(rows), d_hidden.shape[1], dtype=z.dtype, device=z.device)
     if own is not None or d_weight is not None:
-        _add_gradients(z, student.hidden[rows], student.weight, own, d_weight)
+        add_gradients(z, student.hidden[rows], student.weight, own, d_weight)
     if own is not None:
         d_hidden.index_add_(0, rows, own)
     if d_bias is not None:

@@ -13,7 +13,6 @@ absent. A loss term that is not finite ends the training with NonFiniteLoss befo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -32,7 +31,7 @@ from kd_llm.engine.objective import DivergenceArgs, Objective, StudentCall, Toke
 from kd_llm.engine.rows import EXTRA, model_inputs
 from kd_llm.engine.teachers import LocalTeacher, TeacherSource
 from kd_llm.integrations.terms import TermMeter, flat
-from kdcore.checkpoint import fault, rng_state, set_rng_state
+from kdcore.checkpoint import fault, rng_state, set_rng_state, sha256, sync
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError, RunFailed
 
@@ -301,18 +300,18 @@ class DistillTrainer(Trainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         self._add_own(folder)
         for path in [*folder.rglob("*"), folder]:
-            _sync(path)
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         os.rename(folder, final)
-        _sync(final.parent)
+        sync(final.parent)
 
     def _add_own(self, folder: Path) -> None:
         state = {key: value.detach().cpu() for key, value in self.objective.state_dict().items()}
         extra = self.objective.extra_state()
         torch.save({"state": state, "extra": extra, **self.more_state()}, folder / OBJECTIVE_FILE)
         found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-        files = {path.relative_to(folder).as_posix(): _sha256(path) for path in found}
+        files = {path.relative_to(folder).as_posix(): sha256(path) for path in found}
         (folder / MANIFEST).write_text(json.dumps({"step": self.state.global_step, "files": files}, indent=2))
 
     def more_state(self) -> dict[str, Any]:
@@ -371,19 +370,6 @@ def check_checkpoint(path: Path) -> None:
         last = max(good, key=lambda other: int(other.name.rpartition("-")[2]), default=None)
         hint = f"; {last.name} is good: remove {path.name} to go on from it" if last else "; no other one is good"
         raise InputError(f"checkpoint {path}: {problem}{hint}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def __getattr__(name: str) -> Any:

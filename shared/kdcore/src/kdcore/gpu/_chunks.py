@@ -200,7 +200,7 @@ def _run(student: Student, terms: Sequence[Term], weights: Tensor | None, plan: 
                     y.mul_(slope)
             if d_hidden is not None or d_weight is not None:
                 into = None if d_hidden is None else d_hidden[chunk]
-                _add_gradients(z, hidden[chunk], weight, into, d_weight)
+                add_gradients(z, hidden[chunk], weight, into, d_weight)
             if d_bias is not None:
                 d_bias += z.sum(0)
     return rows, (d_hidden, d_weight, d_bias)
@@ -274,7 +274,7 @@ def logits(h: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mm(h, block.t(), out=out[:, part])
 
 
-def _add_gradients(g: Tensor, h: Tensor, w: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
+def add_gradients(g: Tensor, h: Tensor, w: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
     """d_hidden (C, d) += g (C, V) @ w and d_weight (V, d) += g^T @ h, where wanted."""
     if _mixed_matmul(h, w, g):
         g16 = g.to(w.dtype)  # what autograd's own bf16 gradient is, but accumulated over the chunks in float32

@@ -1,0 +1,13 @@
+"""What every test of the package starts with."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left():
+    """Accelerate keeps the state of the first accelerator of a process; a Trainer's would decide later runs' precision."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
