@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_accelerator_is_left():
-    """Accelerate keeps the state of a process's first accelerator; a Trainer's would decide the precision of later runs."""
+    """Accelerate keeps the state of the first accelerator of a process: its precision would be that of later runs."""
     yield
     from accelerate.state import AcceleratorState, GradientState
 
