@@ -19,10 +19,10 @@ whole, sharded = tiny_model("llama"), tiny_model("llama")
 for layer in sharded.model.layers:
     fully_shard(layer)
 fully_shard(sharded)
-lengths = []
-for seed in range(4):  # one process may end before the other
-    expected = rollouts.generate(whole, prompts, 1, Sampling(max_new_tokens=8), seed + 10 * rank)
-    found = rollouts.generate(sharded, prompts, 1, Sampling(max_new_tokens=8), seed + 10 * rank)
+lengths, sampling = [], Sampling(max_new_tokens=4 * (1 + rank))  # one process ends before the other
+for seed in range(4):
+    expected = rollouts.generate(whole, prompts, 1, sampling, seed + 10 * rank)
+    found = rollouts.generate(sharded, prompts, 1, sampling, seed + 10 * rank)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a.ids, b.ids)
         torch.testing.assert_close(a.logp, b.logp, rtol=1e-4, atol=1e-5)
