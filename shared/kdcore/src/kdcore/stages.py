@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,39 @@ def run_stages(stages: Sequence[Stage], context: RunContext) -> Artefacts:
             context.accelerator.wait_for_everyone()
         context.artefacts.update(artefacts)
     return dict(context.artefacts)
+
+
+def stage_seed(context: RunContext, name: str) -> int:
+    """The seed of a stage, by the run's and its name: independent of what ran before."""
+    return (context.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**31
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a new folder, which then takes the place of `target`."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+
+
+def forget_lines_after(context: RunContext, stage: str, step: int, *, evaluates_again: bool) -> None:
+    """Drops from metrics.jsonl what a killed process logged for `stage` beyond its last checkpoint, that of `step`;
+    with `evaluates_again` the validation of that step too."""
+    path = context.folder / "metrics.jsonl"
+    if not context.is_main or not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut off by the kill
+        last = step - 1 if evaluates_again and record.get("kind") == "eval" else step
+        if record.get("stage") != stage or record.get("step", 0) <= last:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import find_batch_size
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from kdcore.distiller import LossTerms
@@ -82,7 +82,7 @@ class TermLog:
             "samples_per_second": round(rate, 1),
         }
         self.context.log(**record)
-        self._track(record)
+        track(self.context, record)
         self._show(terms)
 
     def _stop(
@@ -97,10 +97,8 @@ class TermLog:
 
     def __enter__(self) -> TermLog:
         if self.context.is_main and not self.context.quiet:
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-            self.progress = Progress(*columns, TextColumn("{task.fields[terms]}"))
+            self.progress, self.task = progress_bar(self.stage, self.loop.steps, self.step)
             self.progress.start()
-            self.task = self.progress.add_task(self.stage, total=self.loop.steps, completed=self.step, terms="")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,17 +108,38 @@ class TermLog:
 
     def _show(self, terms: Mapping[str, Mapping[str, float]]) -> None:
         if self.progress is not None:
-            text = "  ".join(f"{name} {term['raw']:.4g}" for name, term in terms.items())
-            self.progress.update(self.task, completed=self.step, terms=text)
+            self.progress.update(self.task, completed=self.step, terms=terms_text(terms))
 
     def show_metrics(self, metrics: Mapping[str, float]) -> None:
         if self.progress is not None:
-            text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self.progress.console.print(f"{self.stage}  epoch {self.epoch}  {text}")
+            self.progress.console.print(metrics_text(self.stage, self.epoch, metrics))
 
-    def _track(self, record: Mapping[str, Any]) -> None:
-        if not self.context.accelerator.trackers:
-            return
-        prefix = f"{self.stage}/{record['player']}"
-        values = {f"{prefix}/{name}": term["raw"] for name, term in record["terms"].items()}
-        self.context.accelerator.log({**values, f"{prefix}/lr": record["lr"]}, step=record["step"])
+
+# ---------------------------------------------------------------- for every training loop
+
+
+def progress_bar(stage: str, total: int | None = None, completed: int = 0) -> tuple[Progress, TaskID]:
+    """A bar over the steps of a stage, with the terms beside it; not started yet."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    bar = Progress(*columns, TextColumn("{task.fields[terms]}"))
+    return bar, bar.add_task(stage, total=total, completed=completed, terms="")
+
+
+def terms_text(terms: Mapping[str, Mapping[str, float]]) -> str:
+    """The raw terms of a record, for the bar."""
+    return "  ".join(f"{name} {term['raw']:.4g}" for name, term in terms.items())
+
+
+def metrics_text(stage: str, epoch: int, metrics: Mapping[str, float]) -> str:
+    """A validation in one line."""
+    values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return f"{stage}  epoch {epoch}  {values}"
+
+
+def track(context: RunContext, record: Mapping[str, Any]) -> None:
+    """Gives a record of kind "train" to the run's trackers."""
+    if not context.accelerator.trackers:
+        return
+    prefix = f"{record['stage']}/{record['player']}"
+    values = {f"{prefix}/{name}": term["raw"] for name, term in record["terms"].items()}
+    context.accelerator.log({**values, f"{prefix}/lr": record["lr"]}, step=record["step"])

@@ -8,11 +8,7 @@ as `kdcore.data.seeded_loader` gives them).
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -28,7 +24,7 @@ from accelerate.utils import (
     send_to_device,
     set_seed,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from kdcore import checkpoint as checkpoints
@@ -39,9 +35,10 @@ from kdcore.distiller import Distiller, LossTerms, Player, Progress
 from kdcore.ema import EMA
 from kdcore.errors import InputError, RunFailed
 from kdcore.gradients import rule_backward
+from kdcore.monitor import Monitor
 from kdcore.optim import make_optimizer, make_schedule
 from kdcore.sharding import check_sharding, gathered, make_whole, scattered, scattered_optimizer, whole_weights
-from kdcore.stages import Artefacts, RunContext, write_atomically
+from kdcore.stages import Artefacts, RunContext, forget_lines_after, replace_folder, stage_seed
 from kdcore.termlog import TermLog
 
 
@@ -69,17 +66,12 @@ class TrainStage:
     artefact: str = "student"
 
     def run(self, context: RunContext) -> Artefacts:
-        set_seed((context.seed * 1_000_003 + zlib.crc32(self.name.encode())) % 2**31)
+        set_seed(stage_seed(context, self.name))
         loop = Loop(self.name, context, self.build(context), self.config)
         deployed = loop.fit()
         target = context.folder / self.artefact
         if context.is_main:
-            temporary = target.with_name(f".{self.artefact}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            self.save(deployed, temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(temporary, target)
+            replace_folder(target, lambda folder: self.save(deployed, folder))
         context.accelerator.wait_for_everyone()
         return {self.artefact: target}
 
@@ -103,12 +95,11 @@ class Loop:
         self.accelerator = context.accelerator
         self.distiller, self.evaluate = setup.distiller, setup.evaluate
         self.folder = context.folder / "checkpoints" / name
+        self.monitor = Monitor(config)
         self._plan(setup.loader)
         self._prepare(setup)
         self.log = TermLog(context, name, config.log_every)
         self._rng: Any = None
-        self.best: tuple[float, dict[str, Tensor] | None] | None = None
-        self.bad_evaluations = 0
         self.step = self.epoch = self.window = 0
         if context.resume:
             self._resume()
@@ -138,10 +129,7 @@ class Loop:
         batch_size = getattr(setup.loader, "batch_size", None) or config.batch_size
         if batch_size % processes:
             raise InputError(f"train.batch_size = {batch_size}: not divisible by the {processes} processes")
-        if config.monitor is not None and self.evaluate is None:
-            raise InputError(
-                f"train.monitor = '{config.monitor}': stage '{self.name}' has no validation to take it from"
-            )
+        self.monitor.check(self.name, has_validation=self.evaluate is not None)
         check_sharding(accelerator, self.distiller)
         self.distiller.train()
         if config.compile:
@@ -169,7 +157,7 @@ class Loop:
     def fit(self) -> nn.Module:
         """Trains to the end of the budget (or of patience) and returns the deployed module in eval mode."""
         with self.log:
-            while self.step < self.steps and not self._out_of_patience():
+            while self.step < self.steps and not self.monitor.out_of_patience:
                 self._epoch()
         self._finish()
         return self.distiller.deployed().eval()
@@ -295,27 +283,9 @@ class Loop:
             with whole_weights(self.model):
                 metrics = dict(self.evaluate(deployed))
             self.distiller.train()
-            self._judge(metrics, deployed)
+            self.monitor.judge(metrics, lambda: gathered(deployed.state_dict()))
         self.context.log(kind="eval", stage=self.name, step=self.step, epoch=self.epoch, metrics=metrics)
         self.log.show_metrics(metrics)
-
-    def _judge(self, metrics: Mapping[str, float], deployed: nn.Module) -> None:
-        monitor = self.config.monitor
-        if monitor is None:
-            return
-        if monitor not in metrics:
-            raise InputError(f"train.monitor = '{monitor}': validation gives {', '.join(sorted(metrics))}")
-        value = metrics[monitor] if self.config.mode == "max" else -metrics[monitor]
-        if value > (self.best[0] if self.best is not None else -math.inf):  # NaN is never an improvement
-            weights = None
-            if self.config.restore_best:
-                weights = {k: v.detach().cpu().clone() for k, v in gathered(deployed.state_dict()).items()}
-            self.best, self.bad_evaluations = (value, weights), 0
-        else:
-            self.bad_evaluations += 1
-
-    def _out_of_patience(self) -> bool:
-        return self.config.patience is not None and self.bad_evaluations >= self.config.patience
 
     def _check_parameters(self) -> None:
         """A finite loss can have a NaN gradient; the next loss would tell, but a checkpoint may come before it."""
@@ -330,8 +300,8 @@ class Loop:
             if turn.ema is not None:
                 turn.ema.copy_to_module()
         deployed = self.distiller.deployed()
-        if self.best is not None and self.best[1] is not None:
-            deployed.load_state_dict(scattered(self.best[1], deployed.state_dict()))
+        if self.monitor.best_weights is not None:
+            deployed.load_state_dict(scattered(self.monitor.best_weights, deployed.state_dict()))
         make_whole(deployed)
         self.accelerator.wait_for_everyone()
 
@@ -346,8 +316,7 @@ class Loop:
         generators = gather_object([checkpoints.rng_state()])
         model, state = gathered(self.distiller.checkpoint_state()), gathered(self._state(generators))
         if self.context.is_main:
-            best = self.best[1] if self.best is not None else None
-            saved = checkpoints.Checkpoint(self.step, model, state, best)
+            saved = checkpoints.Checkpoint(self.step, model, state, self.monitor.best_weights)
             checkpoints.save(self.folder, saved, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -361,14 +330,14 @@ class Loop:
             "schedules": {turn.player.name: turn.schedule.last_epoch for turn in self.turns},
             "ema": {turn.player.name: turn.ema.state_dict() for turn in self.turns if turn.ema is not None},
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "best": self.best[0] if self.best is not None else None,
-            "bad_evaluations": self.bad_evaluations,
+            "best": self.monitor.best[0] if self.monitor.best is not None else None,
+            "bad_evaluations": self.monitor.bad_evaluations,
         }
 
     def _resume(self) -> None:
         path = broadcast_object_list([checkpoints.latest(self.folder)])[0]
         if path is None:
-            self._forget_lines_after(0)
+            forget_lines_after(self.context, self.name, 0, evaluates_again=True)
             return
         saved = checkpoints.load(path)
         state = saved.state
@@ -382,7 +351,8 @@ class Loop:
         self.step, self.epoch, self.window = saved.step, state["epoch"], state["window"]
         self.distiller.progress.step = self.step
         self._rng = state["rng"][self.accelerator.process_index]
-        self._forget_lines_after(saved.step)
+        # The validation at the end of an epoch comes after a checkpoint of the same step, and comes again.
+        forget_lines_after(self.context, self.name, saved.step, evaluates_again=True)
         self.context.say(f"{self.name}: resumed at step {self.step} of {self.steps}")
 
     def _restore(self, saved: checkpoints.Checkpoint) -> None:
@@ -398,22 +368,5 @@ class Loop:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["best"] is not None:
-            self.best = (state["best"], dict(saved.best) if saved.best is not None else None)
-        self.bad_evaluations = state["bad_evaluations"]
-
-    def _forget_lines_after(self, step: int) -> None:
-        """Drops what a killed process logged beyond its last checkpoint."""
-        path = self.context.folder / "metrics.jsonl"
-        if not self.context.is_main or not path.is_file():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # cut off by the kill
-            # The validation at the end of an epoch comes after a checkpoint of the same step, and comes again.
-            last = step - 1 if record.get("kind") == "eval" else step
-            if record.get("stage") != self.name or record.get("step", 0) <= last:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
+            self.monitor.best = (state["best"], dict(saved.best) if saved.best is not None else None)
+        self.monitor.bad_evaluations = state["bad_evaluations"]

@@ -7,11 +7,7 @@ randomness of a sample are functions of (seed, epoch, index); a resumed run has 
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +18,8 @@ from torch import nn
 
 from kdcore.config import TrainConfig
 from kdcore.errors import InputError
-from kdcore.stages import Artefacts, RunContext, write_atomically
+from kdcore.monitor import Monitor
+from kdcore.stages import Artefacts, RunContext, stage_seed
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -109,7 +106,7 @@ class TransformersStage:
     def run(self, context: RunContext) -> Artefacts:
         from accelerate.utils import set_seed
 
-        seed = (context.seed * 1_000_003 + zlib.crc32(self.name.encode())) % 2**31
+        seed = stage_seed(context, self.name)
         set_seed(seed)
         with _silent_transformers(), ExitStack() as stack:
             setup = self.build(context)
@@ -125,10 +122,7 @@ class TransformersStage:
         return {self.artefact: target}
 
     def _arguments(self, context: RunContext, setup: LMSetup, seed: int) -> TrainingArguments:
-        if self.train.monitor is not None and setup.eval is None:
-            raise InputError(
-                f"train.monitor = '{self.train.monitor}': stage '{self.name}' has no validation to take it from"
-            )
+        Monitor(self.train).check(self.name, has_validation=setup.eval is not None)
         if self.train.steps is None and not hasattr(setup.dataset, "__len__"):
             raise InputError("train.epochs: the data set has no length; give train.steps as the budget")
         if setup.merge:
@@ -204,28 +198,3 @@ def _silent_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a new folder, which then takes the place of `target`."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
-
-
-def forget_lines_after(path: Path, stage: str, step: int) -> None:
-    """Drops from metrics.jsonl what a killed process logged for `stage` beyond its last checkpoint."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut off by the kill
-        if record.get("stage") != stage or record.get("step", 0) <= step:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))

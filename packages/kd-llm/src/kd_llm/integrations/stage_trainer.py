@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from rich.progress import Progress
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kd_llm.integrations.stage import LMSetup, forget_lines_after, replace_folder
+from kd_llm.integrations.stage import LMSetup
 from kd_llm.integrations.terms import flat
 from kd_llm.integrations.trainer import DistillTrainer
 from kdcore.checkpoint import rng_state, set_rng_state
@@ -26,9 +26,11 @@ from kdcore.data import seeded_loader, set_epoch
 from kdcore.distiller import Player
 from kdcore.ema import EMA
 from kdcore.errors import InputError
+from kdcore.monitor import Monitor
 from kdcore.optim import make_optimizer, make_schedule
 from kdcore.sharding import whole_weights
-from kdcore.stages import RunContext
+from kdcore.stages import RunContext, forget_lines_after, replace_folder
+from kdcore.termlog import metrics_text, progress_bar, terms_text, track
 
 
 class StageTrainer(DistillTrainer):
@@ -52,8 +54,7 @@ class StageTrainer(DistillTrainer):
         if (config.ema or config.restore_best) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise InputError("train.ema, train.restore_best: not with FSDP or DeepSpeed, which shard the weights")
         self.ema = EMA(self.student, config.ema, samples) if config.ema else None
-        self.best: tuple[float, dict[str, Tensor] | None] | None = None
-        self.bad_evaluations = 0
+        self.monitor = Monitor(config)
         self.samples, self.since = 0, time.perf_counter()
         self.bar: Progress | None = None
 
@@ -75,8 +76,8 @@ class StageTrainer(DistillTrainer):
         self._check_weights()
         if self.ema is not None:
             self.ema.copy_to_module()
-        if self.best is not None and self.best[1] is not None:
-            self.student.load_state_dict(self.best[1])
+        if self.monitor.best_weights is not None:
+            self.student.load_state_dict(self.monitor.best_weights)
 
     def _check_processes(self, path: Path) -> None:
         written = max(1, len(list(path.glob("rng_state_*.pth"))))
@@ -167,25 +168,15 @@ class StageTrainer(DistillTrainer):
             record.update(self.window_hook.statistics())
         self.samples, self.since = 0, time.perf_counter()
         self.context.log(**record)
-        self._track(record)
+        track(self.context, record)
         if self.bar is not None:
-            text = "  ".join(f"{name} {term['raw']:.4g}" for name, term in terms.items())
-            self.bar.update(self._task, completed=step, total=self.state.max_steps, terms=text)
+            self.bar.update(self._task, completed=step, total=self.state.max_steps, terms=terms_text(terms))
         return terms
-
-    def _track(self, record: Mapping[str, Any]) -> None:
-        if not self.context.accelerator.trackers:
-            return
-        prefix = f"{self.stage}/student"
-        values = {f"{prefix}/{name}": term["raw"] for name, term in record["terms"].items()}
-        self.context.accelerator.log({**values, f"{prefix}/lr": record["lr"]}, step=record["step"])
 
     def _progress_bar(self) -> Any:
         if self.context.quiet or not self.context.is_main:
             return nullcontext()
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        self.bar = Progress(*columns, TextColumn("{task.fields[terms]}"))
-        self._task = self.bar.add_task(self.stage, total=None, terms="")
+        self.bar, self._task = progress_bar(self.stage)
         return self.bar
 
     # ------------------------------------------------------------ validation
@@ -203,29 +194,13 @@ class StageTrainer(DistillTrainer):
             stack.enter_context(whole_weights(self.model_wrapped))
             stack.callback(student.train)
             metrics = dict(self.setup.eval(student.eval()))
-            self._judge(metrics)
+            self.monitor.judge(metrics, student.state_dict)
         step = self.state.global_step
         epoch = math.ceil(step / self.steps_per_epoch)
         self.context.log(kind="eval", stage=self.stage, step=step, epoch=epoch, metrics=metrics)
         if self.bar is not None:
-            text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self.bar.console.print(f"{self.stage}  epoch {epoch}  {text}")
-        return self.config.patience is None or self.bad_evaluations < self.config.patience
-
-    def _judge(self, metrics: Mapping[str, float]) -> None:
-        monitor = self.config.monitor
-        if monitor is None:
-            return
-        if monitor not in metrics:
-            raise InputError(f"train.monitor = '{monitor}': validation gives {', '.join(sorted(metrics))}")
-        value = metrics[monitor] if self.config.mode == "max" else -metrics[monitor]
-        if value > (self.best[0] if self.best is not None else -math.inf):  # NaN is never an improvement
-            weights = None
-            if self.config.restore_best:
-                weights = {key: tensor.detach().cpu().clone() for key, tensor in self.student.state_dict().items()}
-            self.best, self.bad_evaluations = (value, weights), 0
-        else:
-            self.bad_evaluations += 1
+            self.bar.console.print(metrics_text(self.stage, epoch, metrics))
+        return not self.monitor.out_of_patience
 
     # ------------------------------------------------------------ checkpoints and the end
 
@@ -236,15 +211,15 @@ class StageTrainer(DistillTrainer):
     def more_state(self) -> dict[str, Any]:
         return {
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "best": None if self.best is None else list(self.best),
-            "bad_evaluations": self.bad_evaluations,
+            "best": None if self.monitor.best is None else list(self.monitor.best),
+            "bad_evaluations": self.monitor.bad_evaluations,
         }
 
     def load_more_state(self, state: Mapping[str, Any]) -> None:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
-        self.bad_evaluations = state["bad_evaluations"]
+        self.monitor.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self.monitor.bad_evaluations = state["bad_evaluations"]
 
     def save_student(self, target: Path) -> None:
         """The student alone, with its tokenizer; collective under FSDP."""
@@ -272,8 +247,7 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         if trainer.context.resume:
-            if trainer.context.is_main:
-                forget_lines_after(trainer.context.folder / "metrics.jsonl", trainer.stage, state.global_step)
+            forget_lines_after(trainer.context, trainer.stage, state.global_step, evaluates_again=False)
             if state.global_step:
                 trainer.context.say(f"{trainer.stage}: resumed at step {state.global_step} of {state.max_steps}")
         trainer.since = time.perf_counter()
