@@ -32,15 +32,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, PeakMemory, environment, interleaved, pick_device, seconds_per_step
+from measure import MIB, PeakMemory, environment, in_subprocess, interleaved, pick_device, seconds_per_step
 
 REFERENCE, TRL = "kd", ["trl-gkd", "trl-distillation"]
 CONTENDERS = ["kd", "kd-cached", "naive", *TRL]
@@ -266,13 +264,7 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> dict[str, int]:
 
 def memory_in_subprocess(name: str, arguments: argparse.Namespace) -> dict[str, int]:
     options = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in (*SETTINGS, "vocab", "hidden")]
-    command = [sys.executable, __file__, "--child", name, *options, *(["--cpu"] if arguments.cpu else [])]
-    # A fixed threshold, so that glibc gives every freed tensor back and the high-water mark is the tensors' own.
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_subprocess(__file__, name, [*options, *(["--cpu"] if arguments.cpu else [])])
 
 
 def measure(arguments: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,17 @@ class PeakMemory:
             self.extra = torch.cuda.max_memory_allocated() - self.before
         else:
             self.extra = resident("VmHWM") - self.before
+
+
+def in_subprocess(script: str, name: str, options: Sequence[str]) -> Any:
+    """What `script --child name` prints as its last line, JSON: a contender's peak memory in a process of its own."""
+    command = [sys.executable, script, "--child", name, *options]
+    # A fixed threshold, so that glibc gives every freed tensor back and the high-water mark is the tensors' own.
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(*packages: str) -> dict[str, Any]:

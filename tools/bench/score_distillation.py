@@ -30,16 +30,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, PeakMemory, environment, interleaved, pick_device, seconds_per_step
+from measure import MIB, PeakMemory, environment, in_subprocess, interleaved, pick_device, seconds_per_step
 
 FROZEN, TRUNK = ["bare", "kdcore", "fastgen"], ["trunk-bare", "trunk-kdcore"]
 CLASSES, SIGMA_DATA, SIGMA_MIN, SIGMA_MAX, RHO, LEVELS = 10, 0.5, 0.002, 80.0, 7.0, 1000
@@ -423,13 +421,7 @@ def memory_in_subprocess(name: str, arguments: argparse.Namespace) -> dict[str, 
     options = [f"--{key}={getattr(arguments, key)}" for key in ("size", "layers", "batch", "ratio", "threads")]
     options += ["--channels", *map(str, arguments.channels)]
     options += [f"--fastgen={arguments.fastgen}"] if arguments.fastgen else []
-    command = [sys.executable, __file__, "--child", name, *options, *(["--cpu"] if arguments.cpu else [])]
-    # A fixed threshold, so that glibc gives every freed tensor back and the high-water mark is the tensors' own.
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_subprocess(__file__, name, [*options, *(["--cpu"] if arguments.cpu else [])])
 
 
 def reference(name: str) -> str:

@@ -11,3 +11,10 @@ def no_accelerator_is_left():
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def cache(request, tmp_path_factory, monkeypatch):
+    """One cache of stages for a test module: its teacher is trained once."""
+    name = request.module.__name__.rpartition(".")[2]
+    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / f"{name}_cache"))

@@ -27,7 +27,7 @@ from kd_llm.methods.ddk import (
     next_shares,
     trajectory_metrics,
 )
-from kd_llm.testing import collate, examples, tiny_model
+from kd_llm.testing import TINY_RUN, TINY_STUDENT, collate, examples, tiny_model
 from kdcore import run
 from kdcore.config import override, parse, read_yaml
 from kdcore.errors import InputError
@@ -306,31 +306,17 @@ def test_the_state_is_plain():
 
 SMALL = read_yaml(find_config("ddk/small"))
 TINY = {
-    "tokenizer.vocab_size": 320,
+    **TINY_RUN,
+    **TINY_STUDENT,
     "data.size": 30,
     "data.eval_size": 6,
-    "data.length": 32,
-    "teacher.config.hidden_size": 32,
-    "teacher.config.intermediate_size": 48,
-    "teacher.config.num_hidden_layers": 2,
-    "teacher.train.steps": 4,
-    "student.config.hidden_size": 16,
-    "student.config.intermediate_size": 24,
-    "student.config.num_hidden_layers": 1,
     "train.steps": 7,
     "train.accumulation": 2,
     "train.batch_size": 4,
     "train.checkpoint_every": 3,
     "method_args.interval": 3,
     "method_args.pretrain.train.steps": 2,
-    "evaluation.max_new_tokens": 6,
 }
-
-
-@pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    """One cache for the module: the teacher is trained once."""
-    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "ddk_cache"))
 
 
 def tiny(**more):

@@ -25,7 +25,7 @@ from kd_llm.methods.sparse_finetuning import (
     real_positions,
     relative_error,
 )
-from kd_llm.testing import collate, examples, packed, tiny_model
+from kd_llm.testing import TINY_RUN, collate, examples, packed, tiny_model
 from kdcore import run
 from kdcore.config import override, parse, read_yaml
 from kdcore.errors import InputError
@@ -309,26 +309,7 @@ def test_masks_hold_after_every_step_of_a_trainer(tmp_path):
 # ---------------------------------------------------------------- whole runs
 
 SMALL = read_yaml(find_config("sparse_finetuning/small"))
-TINY = {
-    "tokenizer.vocab_size": 320,
-    "data.size": 20,
-    "data.eval_size": 4,
-    "data.length": 32,
-    "teacher.config.hidden_size": 32,
-    "teacher.config.intermediate_size": 48,
-    "teacher.config.num_hidden_layers": 2,
-    "teacher.train.steps": 4,
-    "train.steps": 4,
-    "train.batch_size": 4,
-    "method_args.calibration": 8,
-    "evaluation.max_new_tokens": 6,
-}
-
-
-@pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    """One cache for the module: the teacher is trained once."""
-    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "sparse_cache"))
+TINY = {**TINY_RUN, "train.batch_size": 4, "method_args.calibration": 8}
 
 
 def tiny(**more):

@@ -17,41 +17,21 @@ from kd_llm.engine.rollouts import HFRollouts, Sampling
 from kd_llm.engine.teacher_texts import read_rows, teacher_rows, write_rows
 from kd_llm.engine.teachers import LocalTeacher
 from kd_llm.methods.token_kd import METHOD, TokenKDConfig
-from kd_llm.testing import collate, examples, tiny_model
+from kd_llm.testing import TINY_RUN, TINY_STUDENT, collate, examples, tiny_model
 from kd_llm.tokenizers import train_tokenizer
 from kdcore import run
 from kdcore.config import override, parse, read_yaml
 from kdcore.errors import InputError
 from kdcore.method import arm_config, config_of, find_config, load_config
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SMALL = read_yaml(find_config("token_kd/small"))
-TINY = {
-    "tokenizer.vocab_size": 320,
-    "data.size": 20,
-    "data.eval_size": 4,
-    "data.length": 32,
-    "teacher.config.hidden_size": 32,
-    "teacher.config.intermediate_size": 48,
-    "teacher.config.num_hidden_layers": 2,
-    "teacher.train.steps": 4,
-    "student.config.hidden_size": 16,
-    "student.config.intermediate_size": 24,
-    "student.config.num_hidden_layers": 1,
-    "train.steps": 4,
-    "method_args.sampling.max_new_tokens": 4,
-    "evaluation.max_new_tokens": 6,
-}
+TINY = {**TINY_RUN, **TINY_STUDENT, "method_args.sampling.max_new_tokens": 4}
 
 
 def tiny(**more):
     return config_of(METHOD, override({k: v for k, v in SMALL.items() if k != "compare"}, {**TINY, **more}))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """One cache for the module: the teacher is trained once."""
-    folder = tmp_path_factory.getbasetemp() / "token_kd_cache"
-    monkeypatch.setenv("KD_CACHE", str(folder))
 
 
 # ---------------------------------------------------------------- the mathematics

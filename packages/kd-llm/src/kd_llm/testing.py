@@ -9,6 +9,24 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 61
+TINY_RUN = {
+    "tokenizer.vocab_size": 320,
+    "data.size": 20,
+    "data.eval_size": 4,
+    "data.length": 32,
+    "teacher.config.hidden_size": 32,
+    "teacher.config.intermediate_size": 48,
+    "teacher.config.num_hidden_layers": 2,
+    "teacher.train.steps": 4,
+    "train.steps": 4,
+    "evaluation.max_new_tokens": 6,
+}
+"""Overrides that make a run of a `small` config one of seconds."""
+TINY_STUDENT = {
+    "student.config.hidden_size": 16,
+    "student.config.intermediate_size": 24,
+    "student.config.num_hidden_layers": 1,
+}
 
 
 def tiny_model(kind: str = "llama", *, width: int = 16, seed: int = 0, **fields: Any) -> Any:
