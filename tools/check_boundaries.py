@@ -35,6 +35,8 @@ PARTS = {"annotated_types": "pydantic", "pydantic_core": "pydantic"}
 # What a user installs beside a package, imported where it is used: as an extra, its pins would bind the workspace.
 BESIDE = {"kd_llm": {"vllm"}}
 IMPORT_NAMES = {
+    "mmcv-lite": "mmcv",
+    "mmsegmentation": "mmseg",
     "opencv-python": "cv2",
     "pillow": "PIL",
     "pyyaml": "yaml",
