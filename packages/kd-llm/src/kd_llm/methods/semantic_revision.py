@@ -6,7 +6,8 @@ distributions of teacher and student at response position i over V tokens:
     sequence, SCRG:  y^t_i = argmax_v p_i(v),  D_i = KL(p_i || q_i),  j = argmax_{i : y_i != y^t_i} D_i              (1)
                      y <- [y_<j, y^t_j, a fresh continuation by the student]                                        (2)
     token, DAC-KL:   (a, b) = sigmoid(f(phi_i)),  l = l_max a,  u = 1 - (1 - u_min) b                                (3)
-                     K_i = {v : l <= rho_i(v) <= u} + {the target token} + {the k_min most likely tokens}            (4)
+                     K_i = {v : l <= rho_i(v) <= u} + {the target token} + {the most likely tokens, k_min of them
+                           at least and together of probability P_min}                                              (4)
                      L_dac = mean_i KL(p_i / p_i(K_i) || q_i / q_i(K_i))  on K_i                                     (5)
     span:            L_span = mean over neighbours i, i+1 in a chunk of sum_v (p_i p_{i+1} - q_i q_{i+1})_v^2        (6)
 
@@ -18,9 +19,9 @@ SCRG as they come) or of a replay buffer, chosen as in DistiLLM (`kd_llm.engine.
 and (7); the numbers of the equations are this file's.
 
 Ours, since no code is public: phi_i, the log-probabilities of the teacher's 32 most likely tokens under both models
-(constants); f, an MLP 64-64-2; k_min, without which (l, u) could make (5) vanish by keeping one token; and the gradient
-of f, straight through: m = 1_K in (5) has the derivative of sigmoid((rho - l)/tau) sigmoid((u - rho)/tau) on tokens
-that the band alone decides on.
+(constants); f, an MLP 64-64-2; k_min and P_min, since (5) alone draws the band together until nothing is left to learn
+(with k_min = 8 and no P_min, f ends with those 8 tokens); and the gradient of f, straight through: m = 1_K in (5) has
+the derivative of sigmoid((rho - l)/tau) sigmoid((u - rho)/tau) on tokens that the band alone decides on.
 
 f trains with the student and is dropped. Logits exist for a few rows at a time (`kd_llm.engine.chunked`).
 """
@@ -69,6 +70,9 @@ class ClipConfig(Config):
     l_max: float = Field(0.999, gt=0, le=1, description="largest lower edge")
     u_min: float = Field(0.999, gt=0, lt=1, description="smallest upper edge")
     k_min: int = Field(8, ge=1, description="most likely tokens that are always kept")
+    min_mass: float = Field(
+        0.9, ge=0, lt=1, description="P_min: the most likely tokens that reach it together are always kept; 0: no floor"
+    )
     hidden: int = Field(64, ge=1, description="width of f")
     softness: float = Field(0.01, gt=0, description="tau of the soft mask, in ranks as a share of the vocabulary")
 
@@ -126,10 +130,19 @@ class ClipNetwork(nn.Module):
         return self.l_max * a, 1 - (1 - self.u_min) * b
 
 
-def kept_set(t: Tensor, target: Tensor, low: Tensor, high: Tensor, k_min: int, softness: float = 0.01) -> Tensor:
+def kept_set(
+    t: Tensor,
+    target: Tensor,
+    low: Tensor,
+    high: Tensor,
+    k_min: int,
+    softness: float = 0.01,
+    min_mass: float = 0.0,
+) -> Tensor:
     """1_K of (4), with the gradient of the soft band where only the band decides.
 
     Teacher's logits (or log-probabilities) t (C, V), target (C,), edges low, high (C,) -> mask (C, V) of t's type.
+    `min_mass` is P_min, a probability under softmax(t).
 
     >>> p = torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]])
     >>> kept_set(p, torch.tensor([0]), torch.tensor([0.3]), torch.tensor([0.9]), 0)
@@ -137,9 +150,14 @@ def kept_set(t: Tensor, target: Tensor, low: Tensor, high: Tensor, k_min: int, s
     """
     vocabulary = t.shape[1]
     rank = torch.empty(t.shape, dtype=torch.int64, device=t.device)
-    rank.scatter_(1, t.argsort(dim=1, stable=True), torch.arange(1, vocabulary + 1, device=t.device).expand_as(rank))
+    order = t.argsort(dim=1, stable=True)
+    rank.scatter_(1, order, torch.arange(1, vocabulary + 1, device=t.device).expand_as(rank))
     rho = rank.to(t.dtype) / vocabulary
-    forced = (rank > vocabulary - k_min).scatter(1, target.unsqueeze(1), True)
+    least = torch.full_like(target, k_min).unsqueeze(1)
+    if min_mass:
+        likely = t.detach().softmax(1).gather(1, order).flip(1).cumsum(1)
+        least = torch.maximum(least, 1 + (likely < min_mass).sum(1, keepdim=True))
+    forced = (rank > vocabulary - least).scatter(1, target.unsqueeze(1), True)
     low, high = low.to(t.dtype).unsqueeze(1), high.to(t.dtype).unsqueeze(1)
     mask = (forced | ((rho >= low) & (rho <= high))).to(t.dtype)
     if not (low.requires_grad or high.requires_grad):
@@ -330,7 +348,7 @@ class SemanticRevision(Objective):
                 network(z, t) if network is not None else z.new_tensor(clip.bounds or (0, 1)).expand(len(z), 2).T
             )
             target = labels[some].clamp(max=vocabulary - 1)
-            mask = kept_set(t, target, low, high, clip.k_min, clip.softness)
+            mask = kept_set(t, target, low, high, clip.k_min, clip.softness, clip.min_mass)
             w = weights[some].to(z.dtype)
             kept = torch.stack([mask.detach().mean(1), (t.softmax(1) * mask.detach()).sum(1)])
             return (clipped_kl(z, t, mask) * w).sum(), kept @ w
