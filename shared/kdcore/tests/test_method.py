@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -115,3 +116,40 @@ def test_arm_of_another_method_starts_from_its_defaults(toy):
     assert config.method_args.model_dump() == {"smoothing": 0.2}
     method, config = m.arm_config(values, {"method_args.nan_at": 3})
     assert (method.key, config.method_args.alpha, config.method_args.nan_at) == ("toy", 0.9, 3)
+
+
+# ---------------------------------------------------------------- Python configs
+
+
+def _reading(monkeypatch, read):
+    toy = m.get("toy")
+    monkeypatch.setattr(m, "get", lambda key: dataclasses.replace(toy, read=read) if key == "toy" else toy)
+
+
+def test_python_config_is_read_by_the_method_that_it_names(toy, monkeypatch):
+    (toy / "mine.py").write_text("method = 'toy'\nraise SystemExit('not to be run by kdcore')\n")
+    seen = []
+
+    def read(path):
+        seen.append(path.name)
+        return {"method": "toy", "train": {"steps": 2}}
+
+    _reading(monkeypatch, read)
+    method, config = m.load_config("mine.py", ["train.steps=3", "seed=5"])
+    assert (method.key, config.train.steps, config.seed, seen) == ("toy", 3, 5, ["mine.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = 1\n", "needs a line method = 'key'; installed: "),
+        ("method = 3\n", "needs a line method = 'key'; installed: "),
+        ("method = 'toy'\n", "configs of method 'toy' are YAML files"),
+        ("method = (\n", "cannot be read as Python"),
+    ],
+)
+def test_python_config_that_cannot_be_read(toy, text, message):
+    (toy / "mine.py").write_text(text)
+    with pytest.raises(InputError) as error:
+        m.load_config("mine.py")
+    assert message in str(error.value)

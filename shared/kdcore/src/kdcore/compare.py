@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcore import run
-from kdcore.config import Config, override, parse_override, read_yaml
+from kdcore.config import Config, override, parse_override
 from kdcore.errors import InputError
-from kdcore.method import Method, arm_config, find_config, load_config
+from kdcore.method import Method, arm_config, find_config, load_config, read_config
 from kdcore.stages import write_atomically
 
 COMPARISON = "comparison.json"
@@ -44,7 +44,7 @@ def load_arms(name: str, overrides: Sequence[str] = ()) -> list[Arm]:
     given = dict(parse_override(text) for text in overrides)
     _no_seed(given, "override")
     method, config = load_config(name, overrides)
-    values = override(read_yaml(find_config(name)), given)
+    values = override(read_config(find_config(name)), given)
     if not config.compare:
         raise InputError(f"config '{name}': 'compare' has no arm to compare with")
     arms = [_arm(method.key, values, {})]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="RunConfig")
 GROUP = "kd.methods"
+SUFFIXES = (".yaml", ".yml", ".py")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Method(Generic[R]):
     `evaluate(config, artefacts)` returns metrics: name -> number, or a nested list such as a confusion matrix.
     `predict(config, artefacts, count)` is optional: samples for the report, see `kdcore.report`.
     `cache(config, folder)` is optional: writes the teacher outputs that `kd cache` precomputes.
+    `read(path)` is optional: gives the mapping in a `.py` config, where the ecosystem's configs are Python files.
     """
 
     key: str
@@ -62,6 +64,7 @@ class Method(Generic[R]):
     evaluate: Callable[[R, Artefacts], Mapping[str, Any]]
     predict: Callable[[R, Artefacts, int], Sequence[Mapping[str, Any]]] | None = None
     cache: Callable[[R, Path], Mapping[str, Any]] | None = None
+    read: Callable[[Path], Mapping[str, Any]] | None = None
 
     @property
     def card(self) -> Card:
@@ -111,28 +114,63 @@ def config_folder(key: str) -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A config file: a path to a YAML file, or `key/name` for one that ships with a method."""
+    """A config file: a path to a YAML or Python file, or `key/name` for one that ships with a method."""
     path = Path(name)
-    if path.suffix in {".yaml", ".yml"}:
+    if path.suffix in SUFFIXES:
         if not path.is_file():
             raise InputError(f"config '{name}': no such file")
         return path
     key, slash, config = name.partition("/")
     if not slash or "/" in config or not config:
-        raise InputError(f"config '{name}': expected key/name (dhkd/small), or a path that ends in .yaml")
-    folder = config_folder(key)
-    path = folder / f"{config}.yaml"
-    if not path.is_file():
-        names = [file.stem for file in folder.glob("*.yaml")]
-        raise InputError(f"config '{name}': method '{key}' has no config '{config}'{did_you_mean(config, names)}")
-    return path
+        raise InputError(f"config '{name}': expected key/name (dhkd/small), or a path that ends in .yaml or .py")
+    found = {file.stem: file for file in shipped_configs(key)}
+    if config not in found:
+        raise InputError(f"config '{name}': method '{key}' has no config '{config}'{did_you_mean(config, found)}")
+    return found[config]
+
+
+def shipped_configs(key: str) -> list[Path]:
+    """The config files that come with a method, sorted by name."""
+    return sorted(path for path in config_folder(key).glob("*") if path.suffix in SUFFIXES)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a config file: a YAML file, or a Python file as the method that it names reads it.
+
+    A Python config is a program of its ecosystem's. It has a line `method = "key"`, which is found without running it.
+    """
+    from kdcore.config import read_yaml
+
+    if path.suffix != ".py":
+        return read_yaml(path)
+    try:
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"config {path}: cannot be read as Python ({error})") from None
+    keys = [
+        item.value.value
+        for item in statements
+        if isinstance(item, ast.Assign)
+        and isinstance(item.value, ast.Constant)
+        and "method" in map(_name, item.targets)
+    ]
+    if not keys or not isinstance(keys[-1], str):
+        raise InputError(f"config {path}: needs a line method = 'key'; installed: {', '.join(installed())}")
+    method = get(keys[-1])
+    if method.read is None:
+        raise InputError(f"config {path}: configs of method '{method.key}' are YAML files")
+    return dict(method.read(path))
+
+
+def _name(target: ast.expr) -> str | None:
+    return target.id if isinstance(target, ast.Name) else None
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> tuple[Method[Any], Any]:
     """The method and the validated run config of a config name or path, with `key=value` overrides applied."""
-    from kdcore.config import override, parse_override, read_yaml
+    from kdcore.config import override, parse_override
 
-    values = override(read_yaml(find_config(name)), dict(parse_override(text) for text in overrides))
+    values = override(read_config(find_config(name)), dict(parse_override(text) for text in overrides))
     method = method_of(values, source=name)
     key, slash, _ = name.partition("/")
     if slash and not Path(name).suffix and key != method.key:

@@ -30,7 +30,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="key/name, for example kd/small, or a .yaml file")]
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="key/name, for example kd/small, or a .yaml or .py file")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="fields to change: train.epochs=3 method_args.alpha=0"),

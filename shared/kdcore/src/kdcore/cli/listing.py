@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kdcore.cli.console import wide_console
 from kdcore.errors import InputError, did_you_mean
-from kdcore.method import Card, Method, card, config_folder, get, installed
+from kdcore.method import Card, Method, card, get, installed, shipped_configs
 
 
 def list_methods(domain: str | None) -> None:
@@ -50,7 +50,7 @@ def _table(domain: str, cards: list[Card]) -> Table:
 
 def shipped(key: str) -> list[str]:
     """Names of the configs that come with a method."""
-    return sorted(path.stem for path in config_folder(key).glob("*.yaml"))
+    return [path.stem for path in shipped_configs(key)]
 
 
 # ---------------------------------------------------------------- one method
