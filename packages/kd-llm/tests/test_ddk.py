@@ -240,13 +240,13 @@ def test_domains_must_agree():
 # ---------------------------------------------------------------- in a Trainer
 
 
-def trained(folder, steps=8, *, checkpoints=0, resume=None, sampling="ddk"):
+def trained(folder, steps=8, *, checkpoints=0, resume=None, sampling="ddk", **values):
     from transformers import TrainingArguments
 
     from kd_llm.integrations.mixture import MixtureCallback
     from kd_llm.integrations.trainer import DistillTrainer
 
-    objective, student = ddk(sampling), tiny_model("gpt2", seed=1, resid_pdrop=0.1)
+    objective, student = ddk(sampling, **values), tiny_model("gpt2", seed=1, resid_pdrop=0.1)
     seen = []
 
     def keep(rows):
@@ -275,6 +275,14 @@ def test_intervals_are_epochs_and_start_with_a_measurement(tmp_path):
     again = ddk().mixture
     again.draw()
     assert drawn == sorted(str(again[i]["input_ids"]) for i in range(12)), "the first interval is the natural mixture"
+
+
+@pytest.mark.parametrize(("within", "steps"), [(0.99, 4), (1e-9, 8)])
+def test_level_shares_end_the_training_after_the_first_interval(tmp_path, within, steps):
+    objective, _, seen = trained(tmp_path, stop_within=within)
+    assert len(objective.history) == (2 if steps == 4 else 3)
+    assert len(seen) >= 2 * steps
+    assert (len(seen) < 16) == (steps == 4)
 
 
 @pytest.mark.slow

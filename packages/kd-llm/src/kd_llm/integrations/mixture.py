@@ -8,7 +8,6 @@ again and draws the same samples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -19,16 +18,17 @@ from kd_llm.engine.mixture import DomainMixture
 class MixtureCallback(TrainerCallback):
     """Calls `start(model, interval, step)` before each interval that `mixture` has not drawn yet, then draws.
 
-    start: sets the mixture's shares; `step` is the number of optimiser steps done. It must leave the generators alone
-        and do the same on every process.
+    start: sets the mixture's shares and says whether to go on; `step` is the number of optimiser steps done. It must
+        leave the generators alone and do the same on every process. After False the Trainer takes one step more.
     steps: optimiser steps of an interval.
     """
 
-    def __init__(self, mixture: DomainMixture, steps: int, start: Callable[[nn.Module, int, int], Any]):
+    def __init__(self, mixture: DomainMixture, steps: int, start: Callable[[nn.Module, int, int], bool]):
         self.mixture, self.steps, self.start = mixture, steps, start
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         interval = state.global_step // self.steps
         if self.mixture.interval < interval:
-            self.start(model, interval, state.global_step)
+            if not self.start(model, interval, state.global_step):
+                control.should_training_stop = True
             self.mixture.draw()

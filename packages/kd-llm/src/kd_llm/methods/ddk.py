@@ -91,6 +91,9 @@ class DDKConfig(MethodConfig):
         "categorical", description="each sample's domain is drawn, or every domain gets its share, rounded"
     )
     validation_size: int = Field(500, ge=1, description="validation examples of each domain that perplexity is of")
+    stop_within: float | None = Field(
+        None, gt=0, lt=1, description="training ends early when every share is this near to 1/N; None: the whole budget"
+    )
     pretrain: PretrainConfig | None = Field(None, description="trains the student before; None: it comes pretrained")
 
 
@@ -155,8 +158,11 @@ class DDK(TokenObjective):
         self.shares: list[float] | None = None
         self.history: list[dict[str, Any]] = []
 
-    def start(self, student: nn.Module, interval: int, step: int) -> None:
-        """Measures the student and sets the shares of `interval`; `step` optimiser steps are done."""
+    def start(self, student: nn.Module, interval: int, step: int) -> bool:
+        """Measures the student and sets the shares of `interval`; `step` optimiser steps are done.
+
+        Returns whether to go on: with `stop_within`, the domains that are level again end the training (section 3.3).
+        """
         found = _on_all_processes(student, self.validation)
         ratios = [found[name] / self.teacher_perplexity[name] for name in self.mixture.names]
         self.shares = self.updated(ratios)
@@ -171,6 +177,8 @@ class DDK(TokenObjective):
         }
         self.history.append(record)
         self.log(kind="mixture", **record)
+        uneven = max(abs(share - 1 / len(ratios)) for share in self.shares)
+        return interval == 0 or self.ddk.stop_within is None or uneven > self.ddk.stop_within
 
     def updated(self, ratios: list[float]) -> list[float]:
         """The shares after a measurement, by `sampling`."""
