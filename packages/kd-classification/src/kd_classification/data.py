@@ -96,6 +96,12 @@ class DataConfig(Config):
     image_size: int | None = Field(None, ge=4, description="side of the square image, pixels; None keeps the source's")
     channels: Literal[1, 3] | None = Field(None, description="1 or 3; None keeps the source's")
     per_class: int | None = Field(None, ge=1, description="training images kept of each class; None keeps all")
+    imbalance: float | None = Field(
+        None, gt=0, le=1, description="long tail: training images of the last class / of the first, exponential between"
+    )
+    label_noise: float = Field(
+        0.0, ge=0, lt=1, description="share of the training labels replaced by another class; validation stays clean"
+    )
     test_fraction: float = Field(0.5, gt=0, lt=1, description="share held out where the source has no test part")
     validation: float = Field(0.0, ge=0, lt=1, description="share of the training images held out for validation")
     mean: list[float] | None = Field(None, description="per-channel mean of [0, 1] images; None is the source's")
@@ -215,6 +221,10 @@ def load_data(config: DataConfig, seed: int = 0, *, parts: Callable[[Source], Pa
             train, validation = _stratified(train, config.validation, generator)
     if config.per_class is not None:
         train = _per_class(train, config.per_class, source.class_names, generator)
+    if config.imbalance is not None:
+        train = _long_tailed(train, config.imbalance, source.class_names, np.random.default_rng([seed, 31]))
+    if config.label_noise:
+        train = _noisy(train, config.label_noise, len(source.class_names), np.random.default_rng([seed, 37]))
     normalise = (torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
     from kd_classification.transforms import evaluation_transform, training_transform
 
@@ -297,6 +307,34 @@ def _per_class(split: Split, count: int, class_names: Sequence[str], generator: 
             raise InputError(f"data.per_class = {count}: class '{name}' has only {len(indices)} training images")
         chosen.append(generator.permutation(indices)[:count])
     return split.subset(torch.from_numpy(np.sort(np.concatenate(chosen))))
+
+
+def long_tailed_counts(most: int, imbalance: float, classes: int) -> list[int]:
+    """Images of each class in a long-tailed set: N_i = int(N_max f^(i / (C - 1))), as CIFAR-LT is made.
+
+    >>> long_tailed_counts(5000, 0.01, 10)
+    [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    """
+    return [int(most * imbalance ** (index / max(1, classes - 1))) for index in range(classes)]
+
+
+def _long_tailed(split: Split, imbalance: float, class_names: Sequence[str], generator: np.random.Generator) -> Split:
+    """As many images of class i as `long_tailed_counts` says of the smallest class's number."""
+    available = np.bincount(split.labels, minlength=len(class_names))
+    chosen = []
+    for label, count in enumerate(long_tailed_counts(int(available.min()), imbalance, len(class_names))):
+        if count == 0:
+            raise InputError(f"data.imbalance = {imbalance}: leaves no training image of class '{class_names[label]}'")
+        chosen.append(generator.permutation(np.flatnonzero(split.labels == label))[:count])
+    return split.subset(torch.from_numpy(np.sort(np.concatenate(chosen))))
+
+
+def _noisy(split: Split, share: float, classes: int, generator: np.random.Generator) -> Split:
+    """`share` of the labels, drawn at random, moved to another class, all others alike."""
+    labels = split.labels.copy()
+    chosen = generator.permutation(len(labels))[: round(share * len(labels))]
+    labels[chosen] = (labels[chosen] + generator.integers(1, max(2, classes), len(chosen))) % classes
+    return replace(split, labels=labels)
 
 
 def class_index(name: str, class_names: Sequence[str], field: str) -> int:
