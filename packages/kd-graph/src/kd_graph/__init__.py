@@ -1,3 +1,3 @@
-"""Knowledge distillation of graph neural networks, on PyTorch Geometric; no method yet."""
+"""Knowledge distillation of graph neural networks, on PyTorch Geometric."""
 
 __version__ = "0.1.0"
