@@ -1,5 +1,7 @@
 """Augmentation by torchvision: RandAugment with a fixed magnitude, erasing by area, what cannot be combined."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,15 @@ def test_images_of_a_group_stay_together():
     data = load_data(DataConfig(name="textures", validation=0.2))
     groups = [set(images.split.groups) for images in (data.train, data.validation, data.test)]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 192
+
+
+@pytest.mark.parametrize("extra", [{}, {"rotation": 1e-3}], ids=["timm", "torchvision"])
+def test_resized_crops_are_filled_as_asked(extra):
+    image = np.random.default_rng(0).integers(0, 256, (16, 16)).astype("uint8")
+    found = []
+    for interpolation in ("bilinear", "bicubic"):
+        augment = AugmentConfig(crop="resized", scale=(0.5, 0.5), interpolation=interpolation, **extra)
+        transform = training_transform(augment, 16, 1, [0.0], [1.0])
+        random.seed(0), torch.manual_seed(0)
+        found.append(transform(Image.fromarray(image)))
+    assert (found[0] - found[1]).abs().max() > 0.05

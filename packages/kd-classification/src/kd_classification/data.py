@@ -43,6 +43,7 @@ class AugmentConfig(Config):
     )
     padding: int = Field(4, ge=0, description="pixels of padding for crop: pad and margin")
     scale: tuple[float, float] = Field((0.08, 1.0), description="area share of crop: resized")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="how crop: resized fills its pixels")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     vflip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
     color_jitter: float | list[float] = Field(

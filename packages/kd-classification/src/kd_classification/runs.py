@@ -76,16 +76,18 @@ def teacher_stage(
     fingerprint: Mapping[str, Any] | None = None,
     setup: Callable[[nn.Module], TrainSetup] | None = None,
     save: Callable[[nn.Module, Path], None] | None = None,
+    num_classes: int | None = None,
 ) -> Stage:
     """Gives the artefact `name`, a saved timm folder: from weights, or trained on `data.train` and cached.
 
+    `num_classes`: its outputs where they are not the data's classes, 0 for a backbone without a classifier.
     `setup(network)` and `save(network, folder)` replace supervised training on the labels and what is written at its
     end. A method that changes these, the data or the classes adds what it changed to `fingerprint`.
     """
     teacher = model or config.teacher
 
     def from_weights(context: RunContext) -> Artefacts:
-        network = create_model(teacher, data, field=name)
+        network = create_model(teacher, data, field=name, num_classes=num_classes)
         if context.is_main:
             save_model(network, context.folder / name, data)
         context.accelerator.wait_for_everyone()
@@ -96,7 +98,7 @@ def teacher_stage(
     train = teacher.train
 
     def build(context: RunContext) -> TrainSetup:
-        network = create_model(teacher, data, field=name)
+        network = create_model(teacher, data, field=name, num_classes=num_classes)
         return setup(network) if setup is not None else supervised_setup(Supervised(network), data, train, config.seed)
 
     def write(network: nn.Module, folder: Path) -> None:
@@ -220,10 +222,15 @@ def try_forward(model: nn.Module, data: Data, field: str) -> None:
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(config: Run, artefacts: Artefacts, *, data: Data | None = None) -> dict[str, Any]:
-    """Metrics of the saved student and teacher on the test images, with the student's confusion matrix."""
+def evaluate(
+    config: Run, artefacts: Artefacts, *, data: Data | None = None, student: nn.Module | None = None
+) -> dict[str, Any]:
+    """Metrics of the saved student and teacher on the test images, with the student's confusion matrix.
+
+    `student` is the loaded one, where it is more than the timm folder says.
+    """
     data = data or load_data(config.data, config.seed)
-    student = load_model(artefacts["student"], num_classes=data.num_classes, field="student")
+    student = student or load_model(artefacts["student"], num_classes=data.num_classes, field="student")
     logits, labels = m.predict(student, data.test)
     result: dict[str, Any] = m.prefixed("student", m.classification_metrics(logits, labels))
     result["student/parameters"] = sum(parameter.numel() for parameter in student.parameters())
@@ -236,10 +243,12 @@ def evaluate(config: Run, artefacts: Artefacts, *, data: Data | None = None) -> 
     return {**result, "confusion_matrix": m.confusion_matrix(logits, labels), "class_names": data.class_names}
 
 
-def predict(config: Run, artefacts: Artefacts, count: int, *, data: Data | None = None) -> list[dict[str, Any]]:
+def predict(
+    config: Run, artefacts: Artefacts, count: int, *, data: Data | None = None, student: nn.Module | None = None
+) -> list[dict[str, Any]]:
     """Test images with truth, teacher's and student's answer for the report; half of them disagreements if any."""
     data = data or load_data(config.data, config.seed)
-    networks = {"student": load_model(artefacts["student"])}
+    networks = {"student": student or load_model(artefacts["student"])}
     if "teacher" in artefacts:
         networks["teacher"] = load_teacher(config, data, artefacts["teacher"])
     probabilities = {name: m.predict(network, data.test)[0].softmax(1) for name, network in networks.items()}

@@ -70,7 +70,7 @@ def training_transform(
         "re_prob": augment.erasing,
         "mean": tuple(mean),
         "std": tuple(std),
-        "interpolation": "bilinear",
+        "interpolation": augment.interpolation,
     }
     if augment.crop == "resized":
         return create_transform(scale=augment.scale, **common)
@@ -117,7 +117,8 @@ def _cropped(augment: AugmentConfig, size: int, resize: str) -> list[Any]:
     from torchvision import transforms
 
     if augment.crop == "resized":
-        return [transforms.RandomResizedCrop(size, scale=augment.scale, antialias=True)]
+        mode = transforms.InterpolationMode(augment.interpolation)
+        return [transforms.RandomResizedCrop(size, scale=augment.scale, interpolation=mode, antialias=True)]
     if augment.crop == "margin":
         return [transforms.Resize((size + augment.padding,) * 2, antialias=True), transforms.RandomCrop(size)]
     if augment.crop == "pad":

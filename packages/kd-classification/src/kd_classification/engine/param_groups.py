@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: parameter groups over timm's own grouping of a network's layers."""
+"""Parameter groups: layer-wise learning rates over timm's own grouping of layers, and what weight decay spares."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def stage_param_groups(model: nn.Module, scales: Sequence[float], *, field: str 
         members[owner] += layer
     groups = [{"params": params, "lr_scale": scale} for params, scale in zip(members, scales)]
     return [group for group in [*groups, {"params": head, "lr_scale": 1.0}] if group["params"]]
+
+
+def weight_decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Groups for `kdcore.distiller.Player`: biases, norms and other vectors without weight decay, the rest with it."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+    spared = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _layers(model: nn.Module, *, coarse: bool, field: str) -> list[list[nn.Parameter]]:
