@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcore.config import read_yaml
-from kdcore.method import GROUP, arm_config, card, get, installed, load_config
+from kdcore.method import GROUP, arm_config, card, get, installed, load_config, read_config, shipped_configs
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECTS = {
@@ -25,7 +24,8 @@ PROJECTS = {
 REGISTERED = {
     key: value for project in PROJECTS.values() for key, value in project.get("entry-points", {}).get(GROUP, {}).items()
 }
-CONFIGS = sorted(ROOT.glob("packages/*/src/*/configs/*/*"))
+# A folder with a leading underscore holds what several configs share.
+CONFIGS = sorted(path for path in ROOT.glob("packages/*/src/*/configs/[!_]*/*") if path.name != "__pycache__")
 DOMAINS = ("classification", "detection3d", "segmentation", "graph", "nerf", "diffusion", "llm")
 
 
@@ -102,7 +102,7 @@ def test_method_loads_and_its_card_is_complete(key):
 def test_method_ships_small_and_paper_configs_and_a_test(key):
     package = REGISTERED[key].split(".")[0]
     folder = ROOT / "packages" / package.replace("_", "-")
-    names = {path.stem for path in (folder / "src" / package / "configs" / key).glob("*.yaml")}
+    names = {path.stem for path in shipped_configs(key)}
     assert "small" in names
     assert any(re.split("[-_]", name)[0] == "paper" for name in names), names
     assert (folder / "tests" / f"test_{key}.py").is_file()
@@ -114,11 +114,14 @@ def test_method_ships_small_and_paper_configs_and_a_test(key):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_config_and_its_arms_are_valid(path, monkeypatch):
     key = path.parent.name
-    assert path.suffix == ".yaml"
+    # The configs of OpenMMLab are Python files.
+    assert path.suffix == (
+        ".py" if path.relative_to(ROOT).parts[1] in {"kd-segmentation", "kd-detection3d"} else ".yaml"
+    ), path
     assert key in REGISTERED, f"configs of '{key}', which is not registered"
     method, config = load_config(f"{key}/{path.stem}")
     assert method.key == config.method == key
-    values = read_yaml(path)
+    values = read_config(path)
     plain = config.model_copy(update={"compare": {}})
     for arm, overrides in config.compare.items():
         assert arm != key, "the method's own arm is there without being named"
@@ -138,12 +141,32 @@ def test_small_config_compares_with_a_baseline(key):
 SOURCES = {"digits", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz", "csv", "imagefolder", "prompts"}
 UNSOURCED_KEYS = {"method", "root", "channels", "pretrained", "variant", "dtype", "gradient_checkpointing"}
 UNSOURCED_KEYS |= {"num_workers", "log_every", "checkpoint_every", "eval_every"}
+UNSOURCED_KEYS |= {"type", "_base_"}  # of OpenMMLab's configs
 PAPER_CONFIGS = [path for path in CONFIGS if re.split("[-_]", path.stem)[0] == "paper"]
 
 
 @pytest.mark.parametrize("path", PAPER_CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_paper_config_gives_the_source_of_its_values(path):
-    assert list(unsourced(path.read_text(encoding="utf-8"))) == []
+    text = path.read_text(encoding="utf-8")
+    assert list(unsourced(from_python(text) if path.suffix == ".py" else text)) == []
+
+
+def from_python(text: str) -> str:
+    """A Python config in YAML's form: one `key: value` a line, no brackets; `type` and quoted paths set no value."""
+    lines = []
+    for line in text.split("\ncompare = ")[0].splitlines():
+        code, hash_, comment = line.partition("#")
+        indentation, code = code[: len(code) - len(code.lstrip())], code.strip()
+        match = re.fullmatch(r"(\w+)\s*=\s*(.*)|['\"](\w+)['\"]:\s*(.*)", code)
+        key, value = (match[1] or match[3], match[2] if match[1] else match[4]) if match else ("item", code)
+        value = re.sub(r"^(?:dict)?[(\[{]+$", "", value).rstrip(",")
+        # What only repeats another variable, or an environment variable, sets nothing.
+        value = re.sub(r"^(?!True|False)[a-z_]+$|^\"?\{\{.*\}\}\"?$|^dict\(\)$", "", value)
+        opens = not match and re.fullmatch(r"(?:dict)?[(\[{]+", code)
+        closes = re.fullmatch(r"[)\]},]*", code) and not opens
+        code = "" if closes else f"{key}: {value}" if not opens else f"{key}:"
+        lines.append(f"{indentation}{code}{'  #' + comment if hash_ else ''}")
+    return "\n".join(lines)
 
 
 def unsourced(text: str) -> Iterator[str]:

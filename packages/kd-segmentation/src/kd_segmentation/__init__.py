@@ -1,3 +1,3 @@
-"""Knowledge distillation of semantic segmentation networks, on mmsegmentation; no method yet."""
+"""Knowledge distillation of semantic segmentation networks, on mmsegmentation."""
 
 __version__ = "0.1.0"

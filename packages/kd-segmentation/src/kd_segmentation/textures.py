@@ -1,0 +1,164 @@
+"""Texture mosaics with exact masks, and shifts of their domain: embedded data for segmentation, from scikit-image.
+
+A class is a texture of one of scikit-image's photographs. A mosaic is a Voronoi tessellation; each cell is a random
+crop of a texture with a random scale, quarter turn, gain and tint, and its mask is exact. The shifted domains keep
+masks and scenes and change how they are pictured: illumination (a gradient and gamma), blur, noise, colour (a cast and
+less contrast), scale (the textures at a size that training does not show).
+
+On disk the layout is mmseg's: img_dir/<split>/<name>.png, ann_dir/<split>/<name>.png with class ids.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+CLASSES = ("brick", "grass", "gravel", "coins", "page", "tissue")
+PALETTE = ((178, 84, 60), (72, 160, 72), (140, 140, 150), (210, 180, 60), (60, 110, 200), (190, 90, 190))
+SHIFTS = ("illumination", "blur", "noise", "colour", "scale")
+SIZES = {"train": 160, "val": 40}
+VERSION = 1  # of what is drawn; a change draws the pictures again
+
+
+def splits() -> tuple[str, ...]:
+    """train, val, and val under each shift."""
+    return (*SIZES, *(f"val_{shift}" for shift in SHIFTS))
+
+
+def write(root: Path, *, seed: int = 0, size: int = 64) -> Path:
+    """Draws all splits into `root` unless it holds them already, atomically; returns `root`."""
+    if root.is_dir():
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=".tmp-"))
+    try:
+        _draw_all(temporary, seed, size)
+        os.rename(temporary, root)
+    except OSError:
+        if not root.is_dir():  # another process was faster: its pictures are the same
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return root
+
+
+def default_root(seed: int = 0, size: int = 64) -> Path:
+    """The folder in kd's cache for these pictures."""
+    from kdcore.stages import cache_folder
+
+    return cache_folder() / "texture-mosaics" / f"v{VERSION}-seed{seed}-{size}px"
+
+
+def _draw_all(root: Path, seed: int, size: int) -> None:
+    textures = _textures()
+    for number, (split, count) in enumerate(SIZES.items()):
+        for index in range(count):
+            key = (seed, number, index)
+            image, mask = mosaic(np.random.default_rng(key), textures, size)
+            _save(root, split, index, image, mask)
+            if split == "val":
+                for which, shift in enumerate(SHIFTS):
+                    rng = np.random.default_rng((*key, which))
+                    if shift == "scale":  # the same scene, drawn with other textures' sizes
+                        shifted, _ = mosaic(np.random.default_rng(key), textures, size, scales=(0.45, 0.6))
+                    else:
+                        shifted = corrupt(image, shift, rng)
+                    _save(root, f"val_{shift}", index, shifted, mask)
+
+
+def _save(root: Path, split: str, index: int, image: np.ndarray, mask: np.ndarray) -> None:
+    from PIL import Image
+
+    for folder, pixels in (("img_dir", image), ("ann_dir", mask)):
+        target = root / folder / split
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(target / f"{index:04d}.png")
+
+
+def _textures() -> list[np.ndarray]:
+    """One RGB float array a class, in [0, 1]."""
+    from skimage import data as photographs
+
+    found = []
+    for name in ("brick", "grass", "gravel", "coins", "page", "immunohistochemistry"):
+        pixels = getattr(photographs, name)().astype(np.float32) / 255
+        found.append(np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels)
+    return found
+
+
+def mosaic(
+    rng: np.random.Generator, textures: list[np.ndarray], size: int, *, scales: tuple[float, float] = (0.8, 1.2)
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image (size, size, 3) and its mask (size, size), both uint8.
+
+    Layout and classes depend on the generator alone, not on `scales`.
+    """
+    cells = int(rng.integers(3, 7))
+    centres = rng.uniform(0, size, (cells, 2))
+    classes = rng.permutation(np.arange(cells) % len(textures))
+    if cells < len(textures):
+        classes = rng.choice(len(textures), cells, replace=False)
+    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1)
+    nearest = ((grid[:, :, None] - centres) ** 2).sum(-1).argmin(-1)
+    image = np.zeros((size, size, 3), np.float32)
+    for cell, kind in enumerate(classes):
+        patch = _patch(rng, textures[kind], size, scales)
+        image[nearest == cell] = patch[nearest == cell]
+    return np.rint(255 * image.clip(0, 1)).astype(np.uint8), classes[nearest].astype(np.uint8)
+
+
+def _patch(rng: np.random.Generator, texture: np.ndarray, size: int, scales: tuple[float, float]) -> np.ndarray:
+    """A crop of `size` pixels at a random place and scale, turned, brighter or darker and slightly tinted."""
+    scale = scales[0] + (scales[1] - scales[0]) * rng.uniform()
+    height, width = texture.shape[:2]
+    span = min(round(size / scale), height, width)
+    top, left = (int(rng.uniform() * (side - span)) for side in (height, width))
+    index = (np.arange(size) * span / size).astype(int)
+    crop = texture[top : top + span, left : left + span][np.ix_(index, index)]
+    crop = np.rot90(crop, int(rng.integers(4)))
+    return crop * rng.uniform(0.8, 1.2) * rng.uniform(0.92, 1.08, 3).astype(np.float32)
+
+
+# ---------------------------------------------------------------- shifts
+
+
+def corrupt(image: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """An RGB uint8 picture (H, W, 3) under another illumination, blur, noise or colour; the mask stays valid."""
+    changed = _CORRUPTIONS[kind](image.astype(np.float32) / 255, rng)
+    return np.rint(255 * changed.clip(0, 1)).astype(np.uint8)
+
+
+def _illumination(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height, width = x.shape[:2]
+    angle = rng.uniform(0, 2 * np.pi)
+    rows, columns = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    ramp = 0.75 + 0.35 * (np.cos(angle) * rows + np.sin(angle) * columns)
+    return x ** rng.uniform(1.5, 2.0) * ramp[..., None]
+
+
+def _blur(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    from skimage.filters import gaussian
+
+    return gaussian(x, sigma=rng.uniform(1.0, 1.5), channel_axis=2)
+
+
+def _noise(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return x + rng.normal(0, 0.12, x.shape)
+
+
+def _colour(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    cast = rng.permutation([1.25, 1.0, 0.7])
+    return (0.5 + 0.6 * (x - 0.5)) * cast
+
+
+_CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "illumination": _illumination,
+    "blur": _blur,
+    "noise": _noise,
+    "colour": _colour,
+}
