@@ -45,7 +45,7 @@ class TermLog:
         raw = torch.stack([term.detach().float() for _, term in terms.values()])
         self.rows.setdefault(player, []).append((step, raw))
         if player == self.loop.turns[0].player.name:
-            self.samples += (find_batch_size(batch) or 0) * self.context.accelerator.num_processes
+            self.samples += samples_in(batch) * self.context.accelerator.num_processes
 
     def step_done(self, step: int, epoch: int) -> None:
         self.step, self.epoch = step, epoch
@@ -113,6 +113,17 @@ class TermLog:
     def show_metrics(self, metrics: Mapping[str, float]) -> None:
         if self.progress is not None:
             self.progress.console.print(metrics_text(self.stage, self.epoch, metrics))
+
+
+def samples_in(batch: Any) -> int:
+    """Samples of a batch for the rate that is logged: rows of its first tensor, or what a batch of graphs says."""
+    graphs = getattr(batch, "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    try:
+        return find_batch_size(batch) or 0
+    except TypeError:  # of a class of its own
+        return 0
 
 
 # ---------------------------------------------------------------- for every training loop
