@@ -122,7 +122,7 @@ def samples_in(batch: Any) -> int:
         return graphs
     try:
         return find_batch_size(batch) or 0
-    except TypeError:  # of a class of its own
+    except (TypeError, ValueError):  # of a class of its own, or empty
         return 0
 
 
