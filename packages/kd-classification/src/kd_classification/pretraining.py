@@ -129,9 +129,12 @@ def pretraining_loader(data: Data, train: TrainConfig, seed: int) -> Any:
     return data.train.loader(train.batch_size, seed=seed, train=True, num_workers=train.num_workers)
 
 
-def masked_teacher_stage(config: Run, data: Data) -> Stage:
-    """The artefact `teacher`: an encoder with weights, or one pre-trained here as a masked autoencoder."""
-    teacher = cast(MaskedTeacherConfig, config.teacher)
+def masked_teacher_stage(config: Run, data: Data, *, name: str = "teacher") -> Stage:
+    """The artefact `name`: an encoder with weights, or one pre-trained here as a masked autoencoder.
+
+    Its config is the field of the same name, a `MaskedTeacherConfig`.
+    """
+    teacher: MaskedTeacherConfig = getattr(config, name)
 
     def setup(network: nn.Module) -> TrainSetup:
         assert teacher.train is not None
@@ -142,7 +145,8 @@ def masked_teacher_stage(config: Run, data: Data) -> Stage:
         )
         return TrainSetup(autoencoder, pretraining_loader(data, teacher.train, config.seed))
 
-    return teacher_stage(config, data, setup=setup, fingerprint={"objective": "mae"}, num_classes=0)
+    fingerprint = {"objective": "mae"}
+    return teacher_stage(config, data, name=name, model=teacher, setup=setup, fingerprint=fingerprint, num_classes=0)
 
 
 def student_stages(config: Run, data: Data, build: Build, teachers: Mapping[str, ModelConfig]) -> list[Stage]:
@@ -283,11 +287,14 @@ def check(config: Run, data: Data, teachers: Mapping[str, ModelConfig]) -> dict[
 
     They have random weights, behind the normalisation that they get.
     """
-    if config.teacher.cache is not None:
-        raise InputError("teacher.cache: its logits are not what this method learns from; leave it out")
+    for field, teacher in teachers.items():
+        if isinstance(teacher, TeacherConfig):
+            validated = [] if isinstance(teacher, MaskedTeacherConfig) else m.VALIDATION
+            runs.check_monitor(teacher.train, data, f"{field}.train", validated)
+            if teacher.cache is not None:
+                raise InputError(f"{field}.cache: its logits are not what this method learns from; leave it out")
     if data.config.augment.mixup or data.config.augment.cutmix:
         raise InputError("data.augment: mixup and cutmix mix labels, pre-training reads none; give finetune.augment")
-    runs.check_monitor(config.teacher.train, data, "teacher.train", [])
     runs.check_monitor(config.train, data, "train", [])
     found = {}
     with torch.random.fork_rng(devices=[]):
