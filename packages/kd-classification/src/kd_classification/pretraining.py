@@ -155,6 +155,8 @@ def student_stages(config: Run, data: Data, build: Build, teachers: Mapping[str,
     if config.pretrain == "none":
         plan.append(Procedure("student", lambda context: _save_random(config, data, context)))
     elif config.pretrain == "kd":
+        if not teachers:
+            raise InputError("pretrain: kd learns from a fine-tuned teacher; give teacher")
         name = next(iter(teachers))
         plan.append(finetune_stage(config, name, teachers[name], f"{name}_finetuned"))
         plan.append(_distilled_stage(config, data, f"{name}_finetuned", teachers[name]))
@@ -263,11 +265,13 @@ def labelled_data(config: Run, settings: FinetuneConfig) -> Data:
 
 
 def _probe_stage(config: Run, probe: ProbeConfig, train: TrainConfig) -> Stage:
-    data = load_data(config.data, config.seed)
+    data = load_data(config.data.model_copy(update={"augment": probe.augment}), config.seed)
 
     def setup(context: RunContext) -> TrainSetup:
         encoder = load_model(context.artefacts["student"], field="student")
-        distiller = LinearProbe(encoder, data.num_classes, pool=probe.pool)
+        distiller = LinearProbe(
+            encoder, data.num_classes, pool=probe.pool, lars=train.optimizer if probe.lars else None
+        )
         return TrainSetup(distiller, pretraining_loader(data, train, config.seed))
 
     return TrainStage("probe", train, setup, _save_head, artefact="probe")

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from kd_classification.data import Batch, Data, Images
+from kd_classification.data import AugmentConfig, Batch, Data, Images
 from kd_classification.engine.classifier import ClassifierDistiller
 from kd_classification.engine.masked_vit import inner_vit
-from kdcore.config import Config, TrainConfig
-from kdcore.distiller import LossTerms
+from kdcore.config import Config, OptimizerConfig, TrainConfig
+from kdcore.distiller import LossTerms, Player
 from kdcore.errors import InputError
 
 Pool = Literal["avg", "token"]
@@ -26,8 +26,10 @@ class ProbeConfig(Config):
     inverse_penalty: float = Field(1.0, gt=0, description="C of the logistic regression, on standardised features")
     neighbours: int | None = Field(20, ge=1, description="k of the nearest neighbours by cosine; None: without them")
     train: TrainConfig | None = Field(
-        None, description="train the linear classifier by steps, with the augmentation; None: solve it on plain images"
+        None, description="train the linear classifier by steps on augmented images; None: solve it on plain ones"
     )
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="augmentation of train")
+    lars: bool = Field(False, description="LARS with the rate, momentum and decay of train.optimizer, as MAE's probes")
 
 
 def pooled(encoder: nn.Module, images: Tensor, pool: Pool = "avg") -> Tensor:
@@ -70,11 +72,27 @@ def probe_metrics(encoder: nn.Module, data: Data, probe: ProbeConfig) -> dict[st
 class LinearProbe(ClassifierDistiller):
     """MAE's linear probing: batch norm without affine and a linear classifier on the frozen encoder's feature."""
 
-    def __init__(self, encoder: nn.Module, classes: int, *, pool: Pool = "avg"):
+    def __init__(self, encoder: nn.Module, classes: int, *, pool: Pool = "avg", lars: OptimizerConfig | None = None):
         width = int(cast(Any, encoder).embed_dim)
         norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         super().__init__(encoder, nn.Sequential(norm, nn.Linear(width, classes)))
         self.pool: Pool = pool
+        self.lars = lars
+
+    def players(self) -> list[Player]:
+        if self.lars is None:
+            return [Player("student", self.student)]
+        weights = [parameter for parameter in self.student.parameters() if parameter.ndim > 1]
+        biases = [parameter for parameter in self.student.parameters() if parameter.ndim <= 1]
+        groups = [{"params": weights, "always_adapt": True}, {"params": biases, "weight_decay": 0.0}]
+        return [Player("student", self.student, optimizer=self._lars, param_groups=groups)]
+
+    def _lars(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from timm.optim import Lars
+
+        settings = cast(OptimizerConfig, self.lars)
+        rates = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+        return Lars(groups, **rates)
 
     def loss(self, batch: Batch, player: str = "student") -> LossTerms:
         with torch.no_grad():
