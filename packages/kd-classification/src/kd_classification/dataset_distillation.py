@@ -246,7 +246,7 @@ def synthetic_stage(problem: Problem, build: BuildDistiller, *, learn_inputs: bo
         images = distiller.student.images.detach().cpu()
         pixels = problem.preprocessing().pixels(images) if learn_inputs else images
         rate = getattr(distiller, "rate", None)
-        write(pixels, distiller.student.labels, folder, None if rate is None else float(rate))
+        write(pixels, distiller.student.labels, folder, None if rate is None else float(rate.detach()))
 
     if not config.synthetic.learn:
         return Procedure("synthetic", choose)
