@@ -228,13 +228,14 @@ def in_one_dtype(pipe: Any) -> Iterator[None]:
     """Inside the block every network of the pipeline is in float32, as the student is: transformers loads what a folder
     holds, diffusers float32, and a bfloat16 text encoder before a float32 U-Net could not sample."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-    before = [next((p.dtype for p in module.parameters()), torch.float32) for module in modules]
+    found = [(module, next((p.dtype for p in module.parameters()), torch.float32)) for module in modules]
+    others = [(module, dtype) for module, dtype in found if dtype != torch.float32]
     try:
-        for module in modules:
+        for module, _ in others:
             module.float()
         yield
     finally:
-        for module, dtype in zip(modules, before, strict=True):
+        for module, dtype in others:
             module.to(dtype)
 
 
