@@ -50,7 +50,7 @@ from kd_classification.engine.masked_vit import (
 )
 from kd_classification.engine.param_groups import weight_decay_groups
 from kd_classification.engine.probing import spread
-from kd_classification.metrics import prefixed
+from kd_classification.metrics import classification_metrics, predict, prefixed
 from kd_classification.models import load_model
 from kd_classification.pretraining import (
     Encoders,
@@ -60,7 +60,7 @@ from kd_classification.pretraining import (
     masked_teacher_stage,
     student_stages,
 )
-from kd_classification.runs import teacher_stage
+from kd_classification.runs import load_teacher, teacher_stage
 from kdcore.config import MethodConfig
 from kdcore.distiller import Distiller, LossTerms, Player, freeze
 from kdcore.errors import InputError
@@ -351,12 +351,14 @@ def stages(config: HybridRun, context: RunContext) -> list[Stage]:
 
 
 def evaluate(config: HybridRun, artefacts: Artefacts) -> dict[str, Any]:
-    """The shared metrics, and for all three networks how the relation blocks attend on test images.
+    """The shared metrics, C's accuracy, and for all three networks how the relation blocks attend on test images.
 
     nmi, attention_distance, distance_spread: see `attention_metrics`. student/nmi_gap: |student's - M's nmi|.
     """
     data, teachers = load_data(config.data, config.seed), _teachers(config)
     result = pretraining.evaluate(config, artefacts, teachers, data)
+    classifier = load_teacher(config, data, artefacts["teacher"])
+    result["teacher/accuracy"] = classification_metrics(*predict(classifier, data.test))["accuracy"]
     networks = {name: load_encoder(artefacts[name], data, model, field=name) for name, model in teachers.items()}
     networks["student"] = load_model(artefacts["student"], field="student")
     depth = len(cast(Any, networks["student"]).blocks)
