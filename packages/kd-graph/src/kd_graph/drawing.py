@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,3 +55,51 @@ def draw_neighbourhood(node: int, edge_index: Tensor, labels: Tensor, classes: i
     inside = torch.isin(source, nodes) & torch.isin(target, nodes) & (source < target)
     edges = [(position[int(a)], position[int(b)]) for a, b in edge_index[:, inside].t()]
     return draw(places, edges, PALETTE[labels[nodes].numpy() % len(PALETTE)])
+
+
+def _by_features(x: Tensor) -> np.ndarray:
+    """A colour for each node: that of its largest feature."""
+    return PALETTE[x.argmax(1).numpy() % len(PALETTE)]
+
+
+def draw_graph(graph: Any) -> np.ndarray:
+    """A graph at its nodes' `pos`, or where its Laplacian's second and third eigenvectors put them."""
+    n = graph.num_nodes
+    if graph.get("pos") is not None:
+        places = graph.pos.numpy() * np.array([1, -1])
+    else:
+        laplacian = np.zeros((n, n))
+        source, target = graph.edge_index.numpy()
+        laplacian[source, target] = -1
+        laplacian = np.minimum(laplacian, laplacian.T)
+        np.fill_diagonal(laplacian, -laplacian.sum(1))
+        vectors = np.linalg.eigh(laplacian)[1]
+        places = np.stack([vectors[:, min(1, n - 1)], vectors[:, min(2, n - 1)]], axis=1)
+    return draw(places, [(int(a), int(b)) for a, b in graph.edge_index.t() if a < b], _by_features(graph.x))
+
+
+def draw_distilled(graph: Any) -> np.ndarray:
+    """Trees side by side: roots on top, a node above the middle of its children."""
+    parent = dict(graph.edge_index.t().tolist())
+    below: dict[int, list[int]] = {}
+    for child, over in parent.items():
+        below.setdefault(over, []).append(child)
+    places = np.zeros((graph.num_nodes, 2))
+    column = 0
+
+    def place(node: int, depth: int) -> float:
+        nonlocal column
+        if node in below:
+            x = float(np.mean([place(child, depth + 1) for child in below[node]]))
+        else:
+            x, column = float(column), column + 1
+        places[node] = x, depth
+        return x
+
+    roots = [node for node in range(graph.num_nodes) if node not in parent]
+    for root in roots:
+        place(root, 0)
+        column += 1
+    wide = max(1.0, float(np.ptp(places[:, 0])))
+    places[:, 1] *= wide / max(1.0, 2 * places[:, 1].max())
+    return draw(places, list(parent.items()), _by_features(graph.x))

@@ -61,13 +61,15 @@ def create_model(config: ModelConfig, in_channels: int, out_channels: int, *, fi
         network, _ = load_model(Path(config.checkpoint), field=field)
         _check_widths(network, in_channels, out_channels, field)
         return network
-    network = _build(config.name, {"in_channels": in_channels, "out_channels": out_channels, **config.args}, field)
+    network = build_network(
+        config.name, {"in_channels": in_channels, "out_channels": out_channels, **config.args}, field
+    )
     if config.checkpoint is not None:
-        _load_into(network, Path(config.checkpoint), field)
+        load_into(network, Path(config.checkpoint), field)
     return network
 
 
-def _build(name: str, args: Mapping[str, Any], field: str) -> nn.Module:
+def build_network(name: str, args: Mapping[str, Any], field: str) -> nn.Module:
     from torch_geometric.nn import models
 
     if name not in MODELS:
@@ -94,7 +96,7 @@ def _check_widths(network: nn.Module, in_channels: int, out_channels: int, field
         )
 
 
-def _load_into(network: nn.Module, path: Path, field: str) -> None:
+def load_into(network: nn.Module, path: Path, field: str) -> None:
     state = load_weights(path)
     own = network.state_dict()
     for name in [*own, *state]:
@@ -126,8 +128,8 @@ def load_model(folder: Path, *, field: str = "model") -> tuple[nn.Module, dict[s
         name, args = content["class"], dict(content["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{field}: {path} is missing or broken ({error})") from None
-    network = _build(name, args, field)
-    _load_into(network, folder / "model.safetensors", field)
+    network = build_network(name, args, field)
+    load_into(network, folder / "model.safetensors", field)
     return network.eval(), content
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kd_graph import __version__, export
 from kd_graph import metrics as m
 from kd_graph.data import NodeData, NodeDataConfig, load_nodes
+from kd_graph.drawing import draw_neighbourhood
 from kd_graph.engine.edges import WholeGraph, edge_loader, full_batch
 from kd_graph.models import ModelConfig, OnGraph, count_parameters, create_model, load_on_graph, save_model
 from kdcore.config import MethodConfig, MethodRunConfig, TrainConfig
@@ -299,8 +300,6 @@ def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any
 
     Half of them are errors of the student, where it has that many.
     """
-    from kd_graph.drawing import draw_neighbourhood
-
     data = load_nodes(config.data, config.seed)
     networks = {role: load_on_graph(artefacts[role]) for role in ("teacher", "student")}
     chance = {role: whole_logits(network, data.graph).softmax(1) for role, network in networks.items()}
