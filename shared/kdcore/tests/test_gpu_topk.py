@@ -123,3 +123,21 @@ def test_refusals_name_the_argument():
         topk_kl(z, top, 0.0)
     with pytest.raises(InputError, match=r"^reduction: given 'avg'"):
         topk_kl(z, top, reduction="avg")
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 8, 32]), st.floats(0.2, 4.0))
+def test_what_the_tail_loses_is_the_divergence_inside_it(seed, k, sharpness):
+    generator = torch.Generator().manual_seed(seed)
+    z, t = (sharpness * torch.randn(3, 200, dtype=torch.float64, generator=generator) for _ in range(2))
+    z.requires_grad_()
+    topk = TopK.from_logits(t, k)
+    coarse = topk_kl(z, topk, reduction="none")
+    p, q = t.softmax(-1), z.softmax(-1)
+    full = (p * (p / q).log()).sum(-1)
+    off = torch.ones_like(p).scatter(-1, topk.ids, 0.0)
+    mass, reached = (p * off).sum(-1), (q * off).sum(-1)
+    inside = (off * p / mass[:, None] * (p / mass[:, None] / (q / reached[:, None])).log()).sum(-1)
+    torch.testing.assert_close(full - coarse, mass * inside)
+    ours, exact = (torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (coarse, full))
+    torch.testing.assert_close((ours - exact) * (1 - off), torch.zeros_like(p))
+    assert ((ours - exact).abs().sum(-1) <= 2 * mass + 1e-12).all()

@@ -7,7 +7,9 @@ p = softmax(t), q = softmax(z), K is the teacher's support, P = sum_K p, Q = sum
     truncated     sum_K p ln(p/q)                                    P q - p          P q
     renormalised  KL(p/P, q/Q) on K                                  q/Q - p/P        0
 
-tail takes all that is off K as one outcome: 0 <= D <= KL(p, q) (data processing inequality). truncated can be negative
+tail takes all that is off K as one outcome: 0 <= D <= KL(p, q), and what is lost is exactly (1-P) KL(p/(1-P), q/(1-Q))
+off K; its gradient is the full one on K and off K differs by 2 (1-P) at most in the sum of absolute values: the error
+is that of the mass which the teacher's k outputs leave out. truncated can be negative
 and its minimum is not p; renormalised does not see how much the student puts off K. Both are there because others use
 them. tau tempers the k + 1 outcomes of tail and truncated, p_i^(1/tau) / sum_j p_j^(1/tau) with the bucket included,
 since the teacher's tail is known as one probability only; in renormalised it tempers the k outcomes, which is exact.
