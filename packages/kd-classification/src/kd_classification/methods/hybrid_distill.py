@@ -351,14 +351,16 @@ def stages(config: HybridRun, context: RunContext) -> list[Stage]:
 
 
 def evaluate(config: HybridRun, artefacts: Artefacts) -> dict[str, Any]:
-    """The shared metrics, C's accuracy, and for all three networks how the relation blocks attend on test images.
+    """The shared metrics, C's accuracy where it was trained here, and how the relation blocks attend on test images.
 
-    nmi, attention_distance, distance_spread: see `attention_metrics`. student/nmi_gap: |student's - M's nmi|.
+    Of all three networks: nmi, attention_distance and distance_spread (see `attention_metrics`). student/nmi_gap: the
+    distance between the student's nmi and M's.
     """
     data, teachers = load_data(config.data, config.seed), _teachers(config)
     result = pretraining.evaluate(config, artefacts, teachers, data)
-    classifier = load_teacher(config, data, artefacts["teacher"])
-    result["teacher/accuracy"] = classification_metrics(*predict(classifier, data.test))["accuracy"]
+    if config.teacher.train is not None:  # others may have no classifier for these classes
+        classifier = load_teacher(config, data, artefacts["teacher"])
+        result["teacher/accuracy"] = classification_metrics(*predict(classifier, data.test))["accuracy"]
     networks = {name: load_encoder(artefacts[name], data, model, field=name) for name, model in teachers.items()}
     networks["student"] = load_model(artefacts["student"], field="student")
     depth = len(cast(Any, networks["student"]).blocks)
