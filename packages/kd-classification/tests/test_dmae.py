@@ -297,6 +297,13 @@ def test_resume_gives_the_weights_of_an_uncut_run(tmp_path, cache, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_data_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("KD_DATA", raising=False)
+    method, config = load_config("dmae/mnist")
+    with pytest.raises(InputError, match="KD_DATA"):
+        train(method, config, tmp_path / "run", quiet=True, cpu=True)
+
+
 def test_paper_config_builds_and_is_the_papers_setting():
     _, config = load_config("dmae/paper")
     args = config.method_args

@@ -1,6 +1,7 @@
 """DMJD: views that cover an image together, the losses of hidden and visible patches, and whole runs."""
 
 import json
+import os
 
 import pytest
 import timm
@@ -334,6 +335,16 @@ def test_independent_views_and_a_teacher_as_the_target(tmp_path, cache):
     method, config = load_config("dmjd/small", [*SHRUNK, f"teacher={teacher}", "method_args.target=teacher"])
     metrics = train(method, config, tmp_path / "teacher", quiet=True, cpu=True)
     assert {"student/target_fit", "teacher/linear_probe"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("KD_DATA" not in os.environ, reason="needs KD_DATA, the folder of the real data sets")
+def test_mnist_config_runs_in_blocks(tmp_path, cache):
+    short = ["data.per_class=10", "data.test_fraction=0.05", "train.epochs=1", "train.batch_size=50"]
+    method, config = load_config("dmjd/mnist", [*short, "finetune.train.epochs=1"])
+    metrics = train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    assert 0 <= metrics["student/finetune"] <= 1
+    assert metrics["student/predicted_share"] == 1
 
 
 def test_paper_config_builds_and_follows_the_learning_rate_rule():
