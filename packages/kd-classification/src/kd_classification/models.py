@@ -96,11 +96,14 @@ def load_into(model: nn.Module, path: Path, *, field: str = "checkpoint") -> Non
 
 
 def save_model(model: nn.Module, folder: Path, data: Data) -> None:
-    """Writes timm's folder format: model.safetensors and config.json with everything needed to build the model."""
+    """Writes timm's folder format: model.safetensors and config.json with everything needed to build the model.
+
+    Of an `Adapted` network what is inside is written.
+    """
     from timm.models import save_for_hf
 
     save_for_hf(
-        model,
+        model.model if isinstance(model, Adapted) else model,
         str(folder),
         model_config={"label_names": list(data.class_names)},
         data_config={
@@ -173,6 +176,9 @@ class Adapted(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         return self.model.forward_head(features, pre_logits=pre_logits)
+
+    def get_classifier(self) -> nn.Module:
+        return self.model.get_classifier()
 
 
 def adapted(model: nn.Module, data: Data, config: ModelConfig, *, field: str = "teacher") -> nn.Module:

@@ -98,7 +98,8 @@ def teacher_stage(
     train = teacher.train
 
     def build(context: RunContext) -> TrainSetup:
-        network = create_model(teacher, data, field=name, num_classes=num_classes)
+        # trained as it is used: behind its own size and normalisation
+        network = adapted(create_model(teacher, data, field=name, num_classes=num_classes), data, teacher, field=name)
         return setup(network) if setup is not None else supervised_setup(Supervised(network), data, train, config.seed)
 
     def write(network: nn.Module, folder: Path) -> None:
