@@ -158,14 +158,14 @@ def student_stages(config: Run, data: Data, build: Build, teachers: Mapping[str,
         if not teachers:
             raise InputError("pretrain: kd learns from a fine-tuned teacher; give teacher")
         name = next(iter(teachers))
-        plan.append(finetune_stage(config, name, teachers[name], f"{name}_finetuned"))
+        plan.append(finetune_stage(config, data, name, teachers[name], f"{name}_finetuned"))
         plan.append(_distilled_stage(config, data, f"{name}_finetuned", teachers[name]))
     else:
         plan.append(_pretraining_stage(config, data, build, teachers))
     if config.finetune is not None:
-        plan.append(finetune_stage(config, "student", config.student, "finetuned"))
+        plan.append(finetune_stage(config, data, "student", config.student, "finetuned"))
     if config.probe is not None and config.probe.train is not None:
-        plan.append(_probe_stage(config, config.probe, config.probe.train))
+        plan.append(_probe_stage(config, data.augmented(config.probe.augment), config.probe, config.probe.train))
     return plan
 
 
@@ -237,12 +237,12 @@ class Finetune(Supervised):
         return [Player("student", self, param_groups=groups)]
 
 
-def finetune_stage(config: Run, source: str, model: ModelConfig, name: str) -> Stage:
+def finetune_stage(config: Run, pretraining: Data, source: str, model: ModelConfig, name: str) -> Stage:
     """Trains the encoder that the artefact `source` holds, with a fresh classifier; gives the artefact `name`."""
     settings = config.finetune
     if settings is None:
         raise InputError("finetune: pretrain: kd learns from a fine-tuned teacher; give finetune")
-    data = labelled_data(config, settings)
+    data = labelled_data(config, settings, pretraining)
     runs.check_monitor(settings.train, data, "finetune.train", m.VALIDATION)
     fresh = model.model_copy(update={"args": {**model.args, **settings.args}, "pretrained": False, "checkpoint": None})
 
@@ -258,15 +258,15 @@ def finetune_stage(config: Run, source: str, model: ModelConfig, name: str) -> S
     )
 
 
-def labelled_data(config: Run, settings: FinetuneConfig) -> Data:
+def labelled_data(config: Run, settings: FinetuneConfig, data: Data) -> Data:
     """The data of fine-tuning: the same splits, `finetune.per_class` training images, `finetune.augment`."""
-    update = {"per_class": settings.per_class or config.data.per_class, "augment": settings.augment}
+    if settings.per_class in (None, config.data.per_class):
+        return data.augmented(settings.augment)
+    update = {"per_class": settings.per_class, "augment": settings.augment}
     return load_data(config.data.model_copy(update=update), config.seed)
 
 
-def _probe_stage(config: Run, probe: ProbeConfig, train: TrainConfig) -> Stage:
-    data = load_data(config.data.model_copy(update={"augment": probe.augment}), config.seed)
-
+def _probe_stage(config: Run, data: Data, probe: ProbeConfig, train: TrainConfig) -> Stage:
     def setup(context: RunContext) -> TrainSetup:
         encoder = load_model(context.artefacts["student"], field="student")
         distiller = LinearProbe(

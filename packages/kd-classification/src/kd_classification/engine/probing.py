@@ -117,19 +117,22 @@ class Alignment:
     def __init__(self) -> None:
         self._covariance: Tensor | float = 0.0
         self._product: Tensor | float = 0.0
+        self._weights: Tensor | None = None
         self._total, self._count = 0.0, 0
 
     def fit(self, source: Tensor, target: Tensor) -> None:
         x, y = self._rows(source, target)
         self._covariance = self._covariance + x.T @ x
         self._product = self._product + x.T @ y
+        self._weights = None
 
     def measure(self, source: Tensor, target: Tensor) -> None:
         x, y = self._rows(source, target)
         covariance, product = cast(Tensor, self._covariance), cast(Tensor, self._product)
-        weights = torch.linalg.lstsq(covariance, product, driver="gelsd").solution
+        if self._weights is None:
+            self._weights = torch.linalg.lstsq(covariance, product, driver="gelsd").solution
         mean = product[-1] / covariance[-1, -1]  # the last feature is the constant 1
-        self._total += float(cosine_similarity(x @ weights - mean, y - mean, dim=1).sum())
+        self._total += float(cosine_similarity(x @ self._weights - mean, y - mean, dim=1).sum())
         self._count += len(x)
 
     def cosine(self) -> float:
