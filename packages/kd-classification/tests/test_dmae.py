@@ -197,6 +197,16 @@ def test_wrong_pairs_are_named():
         toy(vit(1, patch_size=2))
 
 
+def test_timms_training_task_takes_it():
+    from kd_classification.integrations import as_timm_task
+
+    task, x = as_timm_task(toy().float()), batch()
+    result = task(x.images.float(), x.labels)
+    assert set(result) == {"loss", "pixel", "align_2"}
+    result["loss"].backward()
+    assert task.distiller.projectors[0].weight.grad is not None
+
+
 # ---------------------------------------------------------------- configs and runs
 
 SHRUNK = [
