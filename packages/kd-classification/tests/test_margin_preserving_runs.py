@@ -99,7 +99,7 @@ def test_old_classes_by_name_end_to_end(tmp_path):
     _, _, artefacts = kdrun.load_run(tmp_path / "run")
     data = load_data(config.data)
     for sample in method.predict(config, artefacts, 6):
-        alike = [k for k in range(len(data.test)) if (runs._picture(data.test, k) == sample["image"]).all()]
+        alike = [k for k in range(len(data.test)) if (runs.picture(data.test, k) == sample["image"]).all()]
         assert sample["truth"] in {data.class_names[int(data.test.labels[k])] for k in alike}
 
 

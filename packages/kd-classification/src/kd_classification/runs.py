@@ -260,7 +260,7 @@ def predict(
     for index in [*order[:half].tolist(), *order[int(wrong.sum()) :][: count - half].tolist()]:
         answers = {name: _answer(p[index], data.class_names) for name, p in probabilities.items()}
         truth = data.class_names[int(data.test.labels[index])]
-        samples.append({"image": _picture(data.test, index), "truth": truth, **answers})
+        samples.append({"image": picture(data.test, index), "truth": truth, **answers})
     return samples
 
 
@@ -269,7 +269,8 @@ def _answer(probability: torch.Tensor, class_names: Sequence[str]) -> dict[str, 
     return {"label": class_names[best], "probability": float(probability[best])}
 
 
-def _picture(images: Images, index: int) -> Any:
+def picture(images: Images, index: int) -> Any:
+    """One image as uint8 (H, W) or (H, W, 3), without its normalisation, for the report."""
     pixels = (images[index][0] * images.std + images.mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 0)
     return pixels.squeeze(-1).numpy()
 
