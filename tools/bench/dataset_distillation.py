@@ -16,7 +16,8 @@ An iteration of NCFM is a matching and a calibration step for every class; the r
 is left out, ours is timed with the interpolation of its networks. An iteration of AST is one trajectory match.
 
 Time: one process, contenders interleaved in a new random order each round, ratios are medians over the rounds. Peak
-memory: a process each, the kernel's high-water mark over two iterations after a warm-up (the allocator's on CUDA).
+memory: a process each, the kernel's high-water mark over three iterations (the allocator's on CUDA) above what was in
+use before the first: the release of AST keeps an iteration's tensors until the next one replaces them.
 
     python tools/bench/dataset_distillation.py --ncfm NCFM --ast AST-Alignment-with-Smooth-Expert --output result.json
 """
@@ -83,7 +84,10 @@ def our_network(arguments: argparse.Namespace) -> Any:
 
 
 def loop(distiller: Any, loader: Any, lr: float, name: str, momentum: float, device: Any, epochwise: bool) -> Any:
-    """`kdcore.training.Loop`, one epoch or one step at a time: what its `fit` does between two checkpoints."""
+    """`kdcore.training.Loop`, one epoch or one step at a time: what its `fit` does between two checkpoints.
+
+    Like every contender, it yields when it is ready, then after each iteration.
+    """
     from kdcore.config import OptimizerConfig, RunConfig, TrainConfig
     from kdcore.stages import RunContext
     from kdcore.training import Loop, TrainSetup, make_accelerator
@@ -94,6 +98,7 @@ def loop(distiller: Any, loader: Any, lr: float, name: str, momentum: float, dev
     context = RunContext(RunConfig(method="bench", train=train), Path(tempfile.mkdtemp()), accelerator, quiet=True)
     running = Loop("synthetic", context, TrainSetup(distiller, loader), train)
     with running.log:
+        yield
         while True:
             distiller.progress.epoch = running.epoch
             distiller.epoch_start()
@@ -192,6 +197,7 @@ def ncfm_release(arguments: argparse.Namespace, device: Any, psi: bool) -> Itera
         sampler = sample_net.SampleNet(feature_dim=width, t_batchsize=arguments.frequencies).to(device)
         sampler_optimizer = torch.optim.SGD(sampler.parameters(), lr=1e-3, momentum=0.5)
     common = {"aug_fn": aug, "optim_img": optimizer, "class_list": range(classes), "timing_tracker": Untimed()}
+    yield
     while True:
         data.data = torch.clamp(data.data, min=0.0, max=1.0)
         compute.compute_match_loss(
@@ -355,12 +361,13 @@ def ast_release(arguments: argparse.Namespace, device: Any) -> Iterator[None]:
     before = os.getcwd()
     os.chdir(folder)  # it writes its pictures into the working folder
     threading.Thread(target=run, daemon=True).start()
-    turns.step()  # to the first iteration
-    turns.step()  # the first one evaluates and saves
+    turns.step()  # up to the first iteration
+    yield
+    turns.step()  # the first one saves pictures
     os.chdir(before)
     while True:
-        turns.step()
         yield
+        turns.step()
 
 
 # ---------------------------------------------------------------- measuring
@@ -394,9 +401,9 @@ def same_loss(arguments: argparse.Namespace) -> float:
 def measure_memory(name: str, arguments: argparse.Namespace) -> int:
     device = pick_device(threads=arguments.threads, cpu=arguments.cpu)
     steps = contender(name, arguments, device)
-    seconds_per_step(steps, 1, device)
+    next(steps)
     with PeakMemory(device.type) as peak:
-        seconds_per_step(steps, 2, device)
+        seconds_per_step(steps, 3, device)
     return peak.extra
 
 
@@ -429,7 +436,7 @@ def main() -> None:
         result["relative_difference_of_the_discrepancy"] = same_loss(arguments)
     for names in groups:
         running = {name: contender(name, arguments, device) for name in names}
-        seconds = interleaved(running, device, warmup=1, rounds=arguments.rounds, size=1)
+        seconds = interleaved(running, device, warmup=2, rounds=arguments.rounds, size=1)
         del running
         for name in names:
             own = seconds[name]

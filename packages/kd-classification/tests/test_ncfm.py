@@ -25,6 +25,7 @@ from kd_classification.methods.ncfm import (
     mean_distance,
     ncfd,
 )
+from kdcore.compare import load_arms
 from kdcore.config import OptimizerConfig
 from kdcore.errors import InputError
 from kdcore.method import load_config
@@ -38,6 +39,7 @@ SHORT = [
     "evaluation.train.steps=10",
     "evaluation.repeats=2",
     "evaluation.networks={}",
+    "synthetic.per_class=2",
     "network.args={width: 8, depth: 2}",
     "method_args.frequencies=32",
     "method_args.real_batch=16",
@@ -392,6 +394,15 @@ class Stop(Exception):
     pass
 
 
+def test_mtt_is_an_arm_of_the_same_config(tmp_path):
+    (arm,) = (arm for arm in load_arms("ncfm/small", SHORT) if arm.name == "mtt")
+    config = arm.config.model_copy(deep=True)
+    config.train.steps, config.experts.train.epochs = 2, 9
+    metrics = train(arm.method, config, tmp_path / "run", quiet=True, cpu=True)
+    assert metrics["images"] == 20
+    assert metrics["remaining_distance"] > 0
+
+
 def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
     folder, metrics = run
     method, config = load_config("ncfm/small", [*SHORT, "train.checkpoint_every=13"])
@@ -417,9 +428,10 @@ def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
 def test_baselines_are_chosen_not_learned(arm, tmp_path):
     _, config = load_config("ncfm/small", SHORT)
     overrides = [f"{key}={str(value).lower()}" for key, value in config.compare[arm].items()]
-    method, config = load_config("ncfm/small", [*SHORT, *overrides, "synthetic.per_class=2"])
+    method, config = load_config("ncfm/small", [*SHORT, *overrides])
     metrics = train(method, config, tmp_path / "run", quiet=True, cpu=True)
     assert metrics["images"] == (20 if arm != "full" else 899)
+    assert metrics["spread"] == pytest.approx(1, abs=0.01) if arm == "full" else 0 < metrics["spread"] < 3
     assert metrics["student/accuracy"] > 0.1
 
 
@@ -458,7 +470,9 @@ def test_run_errors(overrides, message, tmp_path):
 
 def test_configs():
     _, small = load_config("ncfm/small")
-    assert {"ce", "herding", "full", "gaussian", "mean_matching", "dm"} <= set(small.compare)
+    assert {"ce", "herding", "full", "gaussian", "mean_matching", "dm", "mtt"} <= set(small.compare)
+    _, mnist = load_config("ncfm/mnist")
+    assert (mnist.data.name, mnist.synthetic.factor) == ("idx", 2)
     _, paper = load_config("ncfm/paper")
     assert (paper.method_args.frequencies, paper.method_args.sampling) == (1024, "scale_mixture")
     assert (paper.synthetic.per_class, paper.synthetic.factor, paper.train.epochs) == (10, 2, 20000)

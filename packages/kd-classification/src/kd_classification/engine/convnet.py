@@ -53,7 +53,8 @@ class ConvNet(nn.Module):
         layers: list[nn.Module] = []
         for block in range(depth):
             before, padding = (in_chans, 3 if padded else 1) if block == 0 else (width, 1)
-            layers += [nn.Conv2d(before, width, 3, padding=padding), _norm(norm, width), nn.ReLU(), nn.AvgPool2d(2)]
+            layers += [nn.Conv2d(before, width, 3, padding=padding), _norm(norm, width)]
+            layers += [nn.ReLU(inplace=True), nn.AvgPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * side * side, num_classes)
         self.num_classes, self.num_features, self.in_chans = num_classes, width, in_chans

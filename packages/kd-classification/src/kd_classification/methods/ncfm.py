@@ -39,7 +39,7 @@ from kd_classification.engine.diff_augment import DiffAugment
 from kd_classification.engine.experts import load_parameters, open_pool
 from kd_classification.engine.real_images import RealImages
 from kd_classification.engine.synthetic import LearnableImages, Preprocessing, SyntheticSet, decode
-from kdcore.config import MethodConfig, OptimizerConfig, ScheduleConfig
+from kdcore.config import MethodConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from kdcore.data import mix, seeded
 from kdcore.distiller import LossTerms, Player, freeze
 from kdcore.errors import InputError
@@ -242,7 +242,7 @@ class NCFM(dd.ImageDistiller):
         """`train.optimizer`, its rate times the plateau's factor in every step."""
         assert self.optimizer is not None
         player = Player("images", self.student, self.optimizer, param_groups=groups)
-        optimizer = make_optimizer(player, dd.TrainConfig(steps=1))
+        optimizer = make_optimizer(player, TrainConfig(steps=1))
         rates: list[float] = []
 
         def before(optimizer: Any, *_: Any) -> None:

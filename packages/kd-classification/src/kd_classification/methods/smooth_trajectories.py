@@ -159,7 +159,7 @@ def perturbed(flat: Tensor, network: nn.Module, size: float = 1.0) -> Tensor:
 
 def match_loss(student: Tensor, target: Tensor, start: Tensor) -> Tensor:
     """(5): squared distance of the student's weights from the target's, over the start's; all (P,)."""
-    return (student - target).square().sum() / (start - target).square().sum()
+    return F.mse_loss(student, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
 
 
 def unroll(
