@@ -153,8 +153,8 @@ class Problem:
         return create_model(model, self.data, field=field)
 
 
-def check(problem: Problem, context: RunContext) -> None:
-    """Says what is wrong with the config before anything trains."""
+def check(problem: Problem, context: RunContext, *, learns_rate: bool = False) -> None:
+    """Says what is wrong with the config before anything trains. `learns_rate`: the method learns a rate, too."""
     config, data = problem.config, problem.data
     if context.accelerator.num_processes > 1:
         raise InputError(f"{context.accelerator.num_processes} processes: data set distillation runs in one")
@@ -162,7 +162,7 @@ def check(problem: Problem, context: RunContext) -> None:
         raise InputError("data.augment: give augment, experts.augment and evaluation.augment here, differentiable ones")
     if config.train.accumulation != 1:
         raise InputError(f"train.accumulation = {config.train.accumulation}: must be 1, a step is one loss")
-    if config.evaluation.learned_rate and config.synthetic.learn and config.method != "smooth_trajectories":
+    if config.evaluation.learned_rate and config.synthetic.learn and not learns_rate:
         raise InputError(f"evaluation.learned_rate: {config.method} learns no rate")
     with torch.random.fork_rng(devices=[]):
         network = problem.network()

@@ -8,6 +8,7 @@ Reading some rows touches only these rows of the file.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,10 @@ class ExpertPool:
         for index in range(self.count):
             artefact = f"{self.name}/{index:03d}"
             if not (context.folder / artefact / META).is_file():
-                self._one(index, artefact).run(context)
+                stage = self._one(index, artefact)
+                stage.run(context)
+                if context.is_main:  # a finished expert needs no checkpoint, and a hundred of them are large
+                    shutil.rmtree(context.folder / "checkpoints" / stage.name, ignore_errors=True)
         return {self.name: context.folder / self.name}
 
     def _one(self, index: int, artefact: str) -> TrainStage:

@@ -307,7 +307,7 @@ def build(problem: dd.Problem, images: LearnableImages, experts: Path, context: 
 
 def stages(config: dd.Run, context: RunContext) -> list[Stage]:
     problem = dd.Problem.of(config)
-    dd.check(problem, context)
+    dd.check(problem, context, learns_rate=True)
     check(config)
     of_experts = {"clipping", "clipping_epochs", "gradient_penalty", "restart_momentum"}
     identity = {"smooth": config.method_args.model_dump(include=of_experts)}
