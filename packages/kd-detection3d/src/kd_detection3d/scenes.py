@@ -158,7 +158,9 @@ def picture_of(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     pixels = np.stack([(u - matrix[0, 2]) / matrix[0, 0], (v - matrix[1, 2]) / matrix[1, 1], np.ones_like(u)], -1)
     rays = pixels.reshape(-1, 3) @ LIDAR2CAM[:3, :3]  # the transposed inverse of a rotation is itself
     distance, index, facing = cast(rays, scene.boxes)
-    sky = np.stack([np.linspace(150, 215, rows)] * 3, -1)[:, None].repeat(columns, 1).reshape(-1, 3) + [0, 8, 25]
+    sky = np.stack([np.linspace(150, 215, rows)] * 3, -1)[:, None].repeat(columns, 1).reshape(-1, 3) + np.array(
+        [0, 8, 25]
+    )
     colour = np.where((index == -2)[:, None], sky, _ground(scene, rays, distance, rng))
     shades = np.array(COLOURS)[scene.labels] * rng.uniform(0.7, 1.2, (len(scene.labels), 1))
     body = shades[np.maximum(index, 0)] * (0.45 + 0.55 * facing[:, None])
@@ -218,7 +220,9 @@ def _info(scene: Scene, points: np.ndarray, number: int, name: str) -> dict[str,
         "lidar2cam": LIDAR2CAM.tolist(),
         "lidar2img": (intrinsics() @ LIDAR2CAM).tolist(),
     }
-    instances = [_instance(box, int(label), points, i) for i, (box, label) in enumerate(zip(scene.boxes, scene.labels))]
+    # As in nuScenes, what no point of the LiDAR hits is not part of the truth: it is hidden from both sensors.
+    seen = [(box, int(label)) for box, label in zip(scene.boxes, scene.labels) if _inside(points[:, :3], box).any()]
+    instances = [_instance(box, label, points, index) for index, (box, label) in enumerate(seen)]
     return {
         "sample_idx": number,
         "images": {"CAM2": camera},

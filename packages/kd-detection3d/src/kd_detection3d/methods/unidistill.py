@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from kd_detection3d.engine.batch import DetectionBatch, prepared, run_frozen, task_terms
 from kd_detection3d.engine.bev import Area, centre_mask, key_points, sample
 from kd_detection3d.engine.tapped import BEVTap, TapNames, mean_over_ranks
+from kd_detection3d.runs import detection_method
 from kdcore.config import MethodConfig, parse
 from kdcore.distiller import Distiller, LossTerms
 from kdcore.errors import InputError
@@ -248,3 +249,6 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for item, momentum, seen in kept:
             item.training, item.momentum, item.num_batches_tracked = False, momentum, seen
+
+
+METHOD = detection_method("unidistill", __doc__, UniDistillConfig, "UniDistill")

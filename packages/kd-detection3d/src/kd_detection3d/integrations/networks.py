@@ -1,0 +1,225 @@
+"""Networks of mmdet3d from stock config dicts and checkpoints, and students as stock checkpoints.
+
+A saved network is a folder with `config.py`, a config of the network and of the data set that its inference reads, and
+`model.pth`, its state dict and meta of plain types: `mmdet3d.apis.init_model(folder / "config.py", folder /
+"model.pth")` opens it. One with the detectors of this package also holds `kd_detection3d/integrations/detectors.py`,
+which is all that it needs of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import pprint
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmdet3d
+import mmengine
+import torch
+from mmdet3d.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from kd_detection3d.integrations import detectors
+from kdcore.distiller import freeze
+from kdcore.errors import InputError
+
+CONFIG, WEIGHTS = "config.py", "model.pth"
+DETECTORS = detectors.__name__
+
+
+def build(config: Mapping[str, Any], field: str) -> nn.Module:
+    """The detector of a stock config dict. Raises InputError that names the config's field."""
+    init_default_scope("mmdet3d")
+    if "type" not in config:
+        raise InputError(f"{field}: expected a network's config with a 'type', got the keys {', '.join(config)}")
+    try:
+        return MODELS.build(Config(copy.deepcopy(dict(config)))._cfg_dict)
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError, FileNotFoundError, AttributeError) as error:
+        raise InputError(f"{field}: the network cannot be built ({' '.join(str(error).split())})") from None
+
+
+def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
+    """`state_dict` and `meta` of a checkpoint with plain content, never running code from it."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"{field} = '{path}': no such file")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{field} = '{path}': holds more than tensors and plain values ({' '.join(str(error).split())[:200]}); "
+            "open it where you trust it and keep its state_dict: "
+            "torch.save({'state_dict': checkpoint['state_dict'], 'meta': {}}, path)"
+        ) from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{field} = '{path}': expected a state dict, or a checkpoint with one under 'state_dict'")
+    return {"state_dict": state, "meta": dict(loaded.get("meta") or {}) if "state_dict" in loaded else {}}
+
+
+def load(network: nn.Module, path: str | Path, field: str) -> dict[str, Any]:
+    """Loads a checkpoint strictly and returns its meta. Raises InputError with the first names that do not fit."""
+    checkpoint = read_checkpoint(path, field)
+    own = network.state_dict()
+    given = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    wrong = [name for name, value in given.items() if name in own and own[name].shape != value.shape]
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or extra or wrong:
+        problems = {"missing": missing, "unexpected": extra, "of another shape": wrong}
+        said = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+        raise InputError(f"{field} = '{path}': does not fit {type(network).__name__}: {said}")
+    network.load_state_dict(given)
+    return checkpoint["meta"]
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def class_names(network: nn.Module) -> list[str] | None:
+    """The classes of a detector's centre-based head, in the order of its labels; None where it has none."""
+    tasks = getattr(getattr(network, "pts_bbox_head", None), "class_names", None)
+    return None if tasks is None else [name for task in tasks for name in task]
+
+
+def sensors(network: nn.Module) -> set[str]:
+    """What a detector reads: points, img."""
+    found = {"points"} if getattr(network, "pts_voxel_encoder", None) is not None else set()
+    return found | ({"img"} if getattr(network, "img_backbone", None) is not None else set())
+
+
+# ---------------------------------------------------------------- teachers
+
+
+def build_teacher(config: Mapping[str, Any], field: str) -> nn.Module:
+    """The frozen teacher of `dict(model=..., checkpoint=...)`; `config=` names a stock config file instead of `model`.
+
+    Raises InputError: no weights, a file that is not there, a checkpoint of another network.
+    """
+    allowed = {"model", "config", "checkpoint"}
+    for key in config:
+        if key not in allowed:
+            raise InputError(f"{field}.{key}: unknown; allowed: {', '.join(sorted(allowed))}")
+    if not config.get("checkpoint"):
+        raise InputError(
+            f"{field}.checkpoint: the teacher has no weights; give a checkpoint, or train it by `kd train`"
+        )
+    network = build(without_initialisation(teacher_model(config, field)), field)
+    load(network, config["checkpoint"], f"{field}.checkpoint")
+    return freeze(network)
+
+
+def teacher_model(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The network's config dict of a teacher's section."""
+    if ("model" in config) == ("config" in config):
+        raise InputError(f"{field}: give one of model (a stock config dict) and config (a stock config file)")
+    return dict(config["model"]) if "model" in config else model_of(config["config"], f"{field}.config")
+
+
+def model_of(path: str | Path, field: str) -> dict[str, Any]:
+    """The `model` of a stock config file."""
+    if not Path(path).is_file():
+        raise InputError(f"{field} = '{path}': no such file")
+    model = Config.fromfile(path, import_custom_modules=False).get("model")
+    if model is None:
+        raise InputError(f"{field} = '{path}': has no 'model'")
+    return model.to_dict()
+
+
+def without_initialisation(config: Any) -> Any:
+    """A copy of a config without `init_cfg` and `pretrained`: weights come from a checkpoint."""
+    if isinstance(config, Mapping):
+        skip = {"init_cfg"} if "type" in config else set()
+        kept = {key: without_initialisation(value) for key, value in config.items() if key not in skip}
+        if kept.get("pretrained"):
+            kept["pretrained"] = None
+        return kept
+    if isinstance(config, list | tuple):
+        return type(config)(without_initialisation(value) for value in config)
+    return config
+
+
+# ---------------------------------------------------------------- saving
+
+
+def plain(value: Any, where: str = "meta") -> Any:
+    """`value` with tensors, numbers, text, lists and mappings only; anything else raises InputError that names it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, where) for item in value]
+    if value is None or isinstance(value, str | int | float | bool | Tensor):
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise InputError(f"{where}: a {type(value).__name__} is no plain value")
+
+
+def save(
+    folder: Path,
+    network: nn.Module,
+    model: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    *,
+    dataset_meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the network as a stock checkpoint and config.
+
+    model: the network's config dict. dataset: the config of a stock data set, with the pipeline that
+    `mmdet3d.apis.inference_detector` runs. dataset_meta: at least `classes`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"mmdet3d_version": mmdet3d.__version__, "mmengine_version": mmengine.__version__}
+    if dataset_meta is not None:
+        meta["dataset_meta"] = {
+            name: plain(dataset_meta[name]) for name in ("classes", "palette") if name in dataset_meta
+        }
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": weights, "meta": meta}, folder / WEIGHTS)
+    sections: dict[str, Any] = {
+        "default_scope": "mmdet3d",
+        "model": without_initialisation(model),
+        "test_dataloader": {"dataset": dict(dataset)},
+    }
+    if uses_ours(model):
+        sections["custom_imports"] = {"imports": [DETECTORS], "allow_failed_imports": False}
+        source = Path(str(sys.modules[DETECTORS].__file__))
+        target = folder.joinpath(*DETECTORS.split(".")).with_suffix(".py")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    text = "\n".join(
+        f"{name} = {pprint.pformat(plain_config(value), width=110, sort_dicts=False)}"
+        for name, value in sections.items()
+    )
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def plain_config(value: Any) -> Any:
+    """mmengine's own mappings as dicts, tuples kept."""
+    if isinstance(value, Mapping):
+        return {key: plain_config(item) for key, item in value.items()}
+    return type(value)(plain_config(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def uses_ours(model: Any) -> bool:
+    """Whether a network's config names a class of this package."""
+    if isinstance(model, Mapping):
+        kind = model.get("type")
+        return (isinstance(kind, str) and hasattr(detectors, kind)) or any(map(uses_ours, model.values()))
+    return isinstance(model, list | tuple) and any(map(uses_ours, model))
+
+
+def open_saved(folder: Path, device: str = "cpu") -> nn.Module:
+    """The network of a saved folder, as `mmdet3d.apis.init_model` opens it."""
+    from mmdet3d.apis import init_model
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"network '{folder}': {name} is missing")
+    return init_model(str(folder / CONFIG), str(folder / WEIGHTS), device=device)
