@@ -106,18 +106,21 @@ class MirageConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Transactions:
-    """Eq. (2): for each class, the set of tree entries of each of its graphs; `table` holds the trees."""
+    """Eq. (2): for each class, the set of tree entries of each of its graphs; `table` holds the trees, `counts` the
+    nodes that each explains. `seconds`: what they took."""
 
     table: TreeTable
     classes: dict[int, list[set[int]]]
     graphs: LabelledGraphs
     counts: dict[int, int]
+    seconds: float
 
 
 def transactions(
     graphs: Sequence[Data], hops: int, *, decimals: int | None = None, edge_features: bool = True
 ) -> Transactions:
-    """Trees of depth `hops` of every node, by class. `counts` has the nodes that each tree explains."""
+    """Trees of depth `hops` of every node, by class."""
+    start = time.perf_counter()
     found = discretise(graphs, decimals=decimals, edge_features=edge_features)
     table, classes, counts = TreeTable(), {}, {}
     for graph, labels, edges, edge_labels in zip(graphs, found.labels, found.edges, found.edge_labels, strict=True):
@@ -125,7 +128,7 @@ def transactions(
         classes.setdefault(int(graph.y), []).append(set(trees))
         for tree in trees:
             counts[tree] = counts.get(tree, 0) + 1
-    return Transactions(table, dict(sorted(classes.items())), found, counts)
+    return Transactions(table, dict(sorted(classes.items())), found, counts, time.perf_counter() - start)
 
 
 def theta_of(support: Support, sizes: dict[int, int]) -> dict[int, int]:
@@ -269,7 +272,7 @@ def distil_stage(config: Run, data: GraphData, found: Transactions, number: int,
             start = time.perf_counter()
             patterns = select(found, args, number)
             graphs = unfold_patterns(patterns)
-            seconds = time.perf_counter() - start
+            seconds = found.seconds + time.perf_counter() - start
             size, edges = pattern_bytes(patterns), config.data.edge_features
             if args.selection == "blind":
                 patterns = blind_patterns(patterns, found.classes, size, config.seed)
