@@ -31,6 +31,7 @@ class TeacherTraining(Config):
     algorithm: Literal["supervised", "cps"] = Field(
         "supervised", description="the labels alone, or cross pseudo supervision with the unlabelled streams"
     )
+    cps_start: int = Field(0, ge=0, description="iterations on the labels alone before cps; 0 with pre-trained weights")
     train_cfg: Section = Field(description="the loop: type, max_iters")
     optim_wrapper: Section = Field(description="the optimiser")
     param_scheduler: list[Section] = Field(default_factory=list, description="learning-rate schedules")
@@ -128,7 +129,7 @@ def runner_sections(config: Run, **changes: Any) -> dict[str, Any]:
     return {**{name: value for name, value in values.items() if value is not None}, **changes}
 
 
-def student_model(config: Run, distiller: str, artefacts: Mapping[str, Path]) -> dict[str, Any]:
+def student_model(config: Run, distiller: Section, artefacts: Mapping[str, Path]) -> dict[str, Any]:
     """`model` of the student's training, with the teachers that earlier stages left."""
     from kd_segmentation.integrations.networks import CONFIG, WEIGHTS
 
@@ -139,13 +140,7 @@ def student_model(config: Run, distiller: str, artefacts: Mapping[str, Path]) ->
         }
         for name in teacher_models(config)
     }
-    arguments = config.method_args.model_dump(mode="python")
-    return {**config.model, "teachers": teachers, "distiller": {"type": distiller, **arguments}}
-
-
-def runner_model(config: Run, distiller: str) -> dict[str, Any]:
-    """`model` as the Runner reads it, with the teachers as the config has them."""
-    return {**config.model, "distiller": {"type": distiller, **config.method_args.model_dump(mode="python")}}
+    return {"type": "DistilledSegmentor", **config.model, "teachers": teachers, "distiller": distiller}
 
 
 def teacher_models(config: Run) -> dict[str, Section]:
@@ -169,12 +164,12 @@ def stock_model(config: Run, model: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- stages
 
 
-def student_stage(config: Run, distiller: str, *, name: str = "student", **changes: Any) -> Stage:
+def student_stage(config: Run, distiller: Section, *, name: str = "student", **changes: Any) -> Stage:
     """Trains the student under a registered distiller; gives the artefact `student`, a stock mmseg checkpoint."""
     from kd_segmentation.integrations.stage import MMEngineStage, RunnerSetup
 
     def build(context: RunContext) -> RunnerSetup:
-        model = {"type": "DistilledSegmentor", **student_model(config, distiller, context.artefacts)}
+        model = student_model(config, distiller, context.artefacts)
         return RunnerSetup(runner_sections(config, model=model, **changes), saver(config, config.model["student"]))
 
     return MMEngineStage(name, build)
@@ -221,7 +216,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
     from kd_segmentation.integrations.stage import MMEngineStage, RunnerSetup
 
     field, target = f"model.teachers.{name}", artefact(name)
-    model = section["model"] if "model" in section else networks.model_of(section["config"], f"{field}.config")
+    model = networks.teacher_model(section, field)
     pipeline = inference_pipeline({"test_dataloader": config.test_dataloader})
 
     def from_checkpoint(context: RunContext) -> Artefacts:
@@ -243,7 +238,8 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
     training = config.teacher_training
     if training is None:
         raise InputError(f"{field}.checkpoint: the teacher has no weights; give a checkpoint, or teacher_training")
-    distiller = {"type": "CPS"} if training.algorithm == "cps" else {"type": "TappedDistiller"}
+    cps = {"type": "CPS", "start": training.cps_start}
+    distiller = cps if training.algorithm == "cps" else {"type": "TappedDistiller"}
     changes = {key: getattr(training, key) for key in ("train_cfg", "optim_wrapper", "param_scheduler")}
     loader = training.train_dataloader or config.train_dataloader
 
@@ -265,7 +261,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
     return CachedStage(MMEngineStage(target, build, artefact=target), identity)
 
 
-def check(config: Run, distiller: str) -> None:
+def check(config: Run, distiller: Section) -> None:
     """Builds networks, distiller and data sets, so that what is wrong with them is said before anything trains."""
     from kd_segmentation import integrations  # noqa: F401  registers
     from kd_segmentation.integrations import networks, segmentor
@@ -283,14 +279,14 @@ def check(config: Run, distiller: str) -> None:
         teachers = torch.nn.ModuleDict()
         for name, section in teacher_models(config).items():
             field = f"model.teachers.{name}"
-            model = section["model"] if "model" in section else networks.model_of(section["config"], f"{field}.config")
+            model = networks.teacher_model(section, field)
             network = networks.build(networks.without_initialisation(stock_model(config, model)), field)
             if config.model.get("same_classes", True):
                 segmentor.check_classes(student, network, field)
             if section.get("checkpoint"):
                 networks.load(network, section["checkpoint"], f"{field}.checkpoint")
             teachers[name] = networks.Teacher(network)
-        segmentor.make_distiller({"type": distiller, **config.method_args.model_dump(mode="python")}, student, teachers)
+        segmentor.make_distiller(distiller, student, teachers)
         data = check_dataset(config.train_dataloader["dataset"], "train_dataloader.dataset")
         check_classes_of_data(student, data, "train_dataloader.dataset")
         for name, section in measured_sets(config).items():
@@ -360,15 +356,17 @@ def segmentation_method(
     key: str,
     doc: str | None,
     arguments: type[A],
-    distiller: str | Callable[[Any], str],
+    distiller: str | Callable[[Any], Section],
     *,
     stages: Callable[[Any], Sequence[Stage]] | None = None,
     evaluation: Callable[[Any, Artefacts], dict[str, Any]] | None = None,
 ) -> Method[Any]:
-    """A method of teachers, then student, under a registered distiller (or a function of the config that names it)."""
+    """A method of teachers, then student, under a registered distiller with `method_args` (or a function's section)."""
 
-    def named(config: Run) -> str:
-        return distiller if isinstance(distiller, str) else distiller(config)
+    def named(config: Run) -> Section:
+        if not isinstance(distiller, str):
+            return distiller(config)
+        return {"type": distiller, **config.method_args.model_dump(mode="python")}
 
     def all_stages(config: Run, context: RunContext) -> list[Stage]:
         check(config, named(config))

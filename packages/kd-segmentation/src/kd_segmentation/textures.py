@@ -129,7 +129,7 @@ def _patch(rng: np.random.Generator, texture: np.ndarray, size: int, scales: tup
 
 def corrupt(image: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
     """An RGB uint8 picture (H, W, 3) under another illumination, blur, noise or colour; the mask stays valid."""
-    changed = _CORRUPTIONS[kind](image.astype(np.float32) / 255, rng)
+    changed = CORRUPTIONS[kind](image.astype(np.float32) / 255, rng)
     return np.rint(255 * changed.clip(0, 1)).astype(np.uint8)
 
 
@@ -156,7 +156,7 @@ def _colour(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (0.5 + 0.6 * (x - 0.5)) * cast
 
 
-_CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "illumination": _illumination,
     "blur": _blur,
     "noise": _noise,

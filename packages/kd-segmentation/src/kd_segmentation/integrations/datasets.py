@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from mmcv.transforms import BaseTransform
 from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATA_SAMPLERS
 from mmseg.datasets.basesegdataset import BaseSegDataset
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, TRANSFORMS
 from torch.utils.data import Dataset
 
 from kd_segmentation import textures
@@ -135,6 +136,27 @@ def _built(config: Any) -> Any:
 
 def _paths(dataset: Any) -> list[str]:
     return [os.path.abspath(dataset.get_data_info(index)["img_path"]) for index in range(len(dataset))]
+
+
+@TRANSFORMS.register_module()
+class RandomShift(BaseTransform):
+    """With probability `prob` one of the corruptions of `kd_segmentation.textures`, at a random strength of its own."""
+
+    def __init__(self, prob: float = 0.5, kinds: Sequence[str] = ("illumination", "blur", "noise", "colour")):
+        unknown = set(kinds) - set(textures.CORRUPTIONS)
+        if unknown or not 0 <= prob <= 1:
+            raise InputError(
+                f"RandomShift: prob = {prob}, kinds = {list(kinds)}: expected a probability and some of "
+                f"{', '.join(textures.CORRUPTIONS)}"
+            )
+        self.prob, self.kinds = prob, tuple(kinds)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        if np.random.uniform() < self.prob:
+            kind = self.kinds[np.random.randint(len(self.kinds))]
+            rng = np.random.default_rng(np.random.randint(2**31))
+            results["img"] = textures.corrupt(results["img"].astype(np.uint8), kind, rng)
+        return results
 
 
 # ---------------------------------------------------------------- order and augmentation by the seed alone

@@ -96,10 +96,12 @@ class Teacher(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, student_preprocessor: Mapping[str, Any] | None = None):
+    def __init__(
+        self, network: nn.Module, student_preprocessor: Mapping[str, Any] | None = None, *, preprocessor: Any = None
+    ):
         super().__init__()
         self.network = network
-        own = _normalisation(getattr(network, "data_preprocessor", None))
+        own = _normalisation(preprocessor or getattr(network, "data_preprocessor", None))
         theirs = _normalisation(student_preprocessor)
         self.flip = own[2] != theirs[2]
         if self.flip:
@@ -111,9 +113,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The student's images as the teacher was trained on them."""
         if self.flip:
             images = images.flip(1)
-        return self.network(images if self.same else images * self.scale + self.shift)
+        return images if self.same else images * self.scale + self.shift
 
 
 def _normalisation(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
@@ -136,20 +142,25 @@ def build_teacher(config: Mapping[str, Any], field: str, student_preprocessor: M
 
     Raises InputError: no weights, a file that is not there, a checkpoint of another network.
     """
+    model = teacher_model(config, field)
+    if not config.get("checkpoint"):
+        raise InputError(
+            f"{field}.checkpoint: the teacher has no weights; give a checkpoint, or train it by `kd train`"
+        )
+    network = build(without_initialisation(model), field)
+    load(network, config["checkpoint"], f"{field}.checkpoint")
+    return Teacher(network, student_preprocessor)
+
+
+def teacher_model(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """The teacher's stock config dict. Raises InputError for other keys, or where not exactly one names a network."""
     allowed = {"model", "config", "checkpoint"}
     for key in config:
         if key not in allowed:
             raise InputError(f"{field}.{key}: unknown; allowed: {', '.join(sorted(allowed))}")
     if ("model" in config) == ("config" in config):
         raise InputError(f"{field}: give one of model (a stock config dict) and config (a stock config file)")
-    if not config.get("checkpoint"):
-        raise InputError(
-            f"{field}.checkpoint: the teacher has no weights; give a checkpoint, or train it by `kd train`"
-        )
-    model = config["model"] if "model" in config else model_of(config["config"], f"{field}.config")
-    network = build(without_initialisation(model), field)
-    load(network, config["checkpoint"], f"{field}.checkpoint")
-    return Teacher(network, student_preprocessor)
+    return config["model"] if "model" in config else model_of(config["config"], f"{field}.config")
 
 
 def model_of(path: str | Path, field: str) -> dict[str, Any]:
@@ -167,11 +178,10 @@ def without_initialisation(config: Any) -> Any:
     if isinstance(config, Mapping):
         skip = {"init_cfg"} if "type" in config else set()
         kept = {key: without_initialisation(value) for key, value in config.items() if key not in skip}
-        for name in ("pretrained",):
-            if isinstance(kept.get(name), str):
-                kept[name] = None
-            elif kept.get(name) is True:
-                kept[name] = False
+        if isinstance(kept.get("pretrained"), str):
+            kept["pretrained"] = None
+        if kept.get("pretrained") is True or kept.get("type") == "TIMMBackbone":  # there True is the default
+            kept["pretrained"] = False
         return kept
     if isinstance(config, list | tuple):
         return type(config)(without_initialisation(value) for value in config)

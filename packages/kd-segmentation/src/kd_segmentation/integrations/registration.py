@@ -6,17 +6,18 @@ import importlib
 
 from mmseg.registry import MODELS
 
+from kd_segmentation.engine.cps import CPS
 from kd_segmentation.engine.losses import LOSSES
 from kd_segmentation.engine.tapped import TappedDistiller
 from kdcore.distiller import Distiller
 
-METHODS = ("cwd",)
+METHODS = ("cwd", "mgd")
 """Modules of `kd_segmentation.methods` whose distillers configs may name."""
 
 
 def register() -> None:
     """Registers every loss and distiller once."""
-    classes = [*LOSSES.values(), TappedDistiller]
+    classes = [*LOSSES.values(), TappedDistiller, CPS]
     for key in METHODS:
         module = importlib.import_module(f"kd_segmentation.methods.{key}")
         classes += [

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from kd_segmentation.engine.batch import SegBatch
 from kd_segmentation.integrations.networks import build, build_teacher, num_classes
-from kdcore.distiller import Distiller, LossTerms
+from kdcore.distiller import Distiller, LossTerms, is_frozen
 from kdcore.errors import InputError, did_you_mean
 
 LABELLED = "labelled"
@@ -63,12 +64,15 @@ class DistilledModel(BaseModel):
         return self.distiller.student
 
     def init_weights(self) -> None:
-        """Initialises the student; the teachers have their weights."""
-        if hasattr(self.student, "init_weights"):
-            self.student.init_weights()
+        """Initialises the student, and what else of the distiller learns; the teachers have their weights."""
+        for module in self.distiller.children():
+            if hasattr(module, "init_weights") and not is_frozen(module):
+                module.init_weights()
 
     def loss(self, inputs: Any, data_samples: Any) -> dict[str, Tensor]:
         """The weighted terms under `loss_<name>`, which mmengine sums."""
+        hub, progress = MessageHub.get_current_instance(), self.distiller.progress
+        progress.step, progress.steps = hub.get_info("iter", 0), hub.get_info("max_iters", 1)
         terms = LossTerms(
             {
                 name: (weight * self.scales.get(name, 1.0), term)

@@ -8,6 +8,7 @@ of one process has bit-identical weights.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import warnings
@@ -64,7 +65,7 @@ class MMEngineStage:
             stack.enter_context(on_device(context.accelerator.device.type))
             stack.enter_context(quiet_mmengine())
             config = runner_config(setup.config, work, seed, context)
-            runner = Runner.from_cfg(Config(config))
+            runner = make_runner(config)
             run_hook = RunHook(context, self.name, _intervals(setup.config), Path(work))
             runner.register_hook(run_hook)
             with run_hook:
@@ -75,6 +76,14 @@ class MMEngineStage:
             replace_folder(target, lambda folder: setup.save(unwrapped(runner), meta, folder))
         context.accelerator.wait_for_everyone()
         return {self.artefact: target}
+
+
+def make_runner(config: Mapping[str, Any]) -> Runner:
+    """The Runner of its sections; `model` may be a config dict or a model."""
+    cfg = Config({name: value for name, value in config.items() if name != "model" or isinstance(value, Mapping)})
+    known = set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg", "model"}
+    model = cfg.get("model", config["model"])
+    return Runner(model=model, cfg=cfg, **{name: cfg[name] for name in known if name in cfg})
 
 
 def runner_config(config: Mapping[str, Any], work: Path, seed: int, context: RunContext) -> dict[str, Any]:
