@@ -46,7 +46,8 @@ class GraphClassifier(nn.Module):
         super().__init__()
         self.body, self.head, self.pool = body, head, pool
         self.takes_edges = "edge_index" in inspect.signature(body.forward).parameters
-        self.takes_edge_attr = bool(getattr(body, "supports_edge_attr", False)) and "edge_dim" in body.kd_args
+        own = getattr(body, "kd_args", {"edge_dim": None})  # a body of one's own takes what it says it supports
+        self.takes_edge_attr = bool(getattr(body, "supports_edge_attr", False)) and "edge_dim" in own
 
     def embed(self, data: Any) -> Tensor:
         """(n, D) of a Data or Batch."""

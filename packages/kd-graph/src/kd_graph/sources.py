@@ -7,7 +7,6 @@ read-only. Planetoid's raw files are pickles, which PyG opens as such: take them
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +151,6 @@ def _ogb(module: str, kind: str, name: str, root: Path) -> Any:
 
 # ---------------------------------------------------------------- many graphs, one label each
 
-Reader = Callable[[], tuple[list["Data"], list[str]]]
-
 
 def digit_graphs(levels: int, threshold: float) -> tuple[list[Data], list[str]]:
     """scikit-learn's digits as graphs: a node for each inked pixel, joined with its inked neighbours above, below and
@@ -167,11 +164,9 @@ def digit_graphs(levels: int, threshold: float) -> tuple[list[Data], list[str]]:
         inked = image > threshold
         number = np.full(image.shape, -1)
         number[inked] = np.arange(inked.sum())
-        pairs = [
-            np.stack([a[both], b[both]])
-            for a, b in ((number[:, :-1], number[:, 1:]), (number[:-1], number[1:]))
-            for both in [(a >= 0) & (b >= 0)]
-        ]
+        beside = np.stack([number[:, :-1].ravel(), number[:, 1:].ravel()])
+        below = np.stack([number[:-1].ravel(), number[1:].ravel()])
+        pairs = [two[:, (two >= 0).all(0)] for two in (beside, below)]
         one_way = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
         share = (image[inked] - threshold) / (1 - threshold)
         level = torch.from_numpy(np.minimum((share * levels).astype(np.int64), levels - 1))

@@ -21,11 +21,10 @@ def blind_patterns(patterns: Patterns, classes: Mapping[int, Sequence[set[int]]]
         for label, sets in classes.items()
     }
     order = _one_of_each_first(patterns.label, draw)
-    drawn = [
-        tuple(draw.sample(every[label], min(len(patterns.sets[k]), len(every[label]))))
-        for k in order
-        for label in [patterns.label[k]]
-    ]
+    drawn = []
+    for k in order:
+        trees = every[patterns.label[k]]
+        drawn.append(tuple(draw.sample(trees, min(len(patterns.sets[k]), len(trees)))))
 
     def first(count: int) -> Patterns:
         labels = [patterns.label[k] for k in order[:count]]
