@@ -224,6 +224,18 @@ def test_batches_depend_on_seed_and_epoch_alone(random_graph):
     assert len(first) == round((edges.shape[1] + 40) / 16)
 
 
+def test_a_batch_has_its_share_of_the_labels(random_graph):
+    z, t, edges = random_graph(6, nodes=40)
+    y = torch.arange(40)
+    loader = edge_loader(z.detach(), y, torch.arange(20, 40), edges, t, batch_edges=64, batch_labels=8)
+    for batch in loader:
+        assert len(batch.labelled) == 8
+        assert (batch.y[batch.labelled] >= 20).all()
+        torch.testing.assert_close(batch.x[batch.labelled], z.detach()[batch.y[batch.labelled]])
+    with pytest.raises(InputError, match="batch_edges = 3: allowed: 8 or more"):
+        edge_loader(z.detach(), y, torch.arange(4), edges, t, batch_edges=3)
+
+
 MEMORY = """
 import resource, torch
 from kd_graph.methods.ff_g2m import high_frequency_loss
