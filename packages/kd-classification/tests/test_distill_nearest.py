@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kd_classification.data import Batch, load_data
+from kd_classification.engine.few_labels import Pair, split_target
 from kd_classification.engine.similarity import (
     average_ranks,
     cka,
@@ -35,13 +36,11 @@ from kd_classification.engine.similarity import (
 from kd_classification.methods.distill_nearest import (
     DistillNearestConfig,
     DistillWeighted,
-    Pair,
     Sources,
     chosen_sources,
     source_data,
     source_loss,
     source_weights,
-    split_target,
 )
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
@@ -264,7 +263,7 @@ def test_labelled_and_unlabelled_images_go_through_in_one_pass():
 def test_parts_of_the_target_are_disjoint_and_sources_get_the_rest():
     _, config = load_config("distill_nearest/small")
     data = load_data(config.data, config.seed)
-    parts = split_target(config, data)
+    parts = split_target(data, config.labelled, config.unlabelled, config.seed)
     assert torch.bincount(parts.labelled.labels).tolist() == [4] * 10
     assert (len(parts.unlabelled), int(parts.unlabelled.labels.max())) == (400, -1)
     assert sum(len(part) for part in parts) == len(data.train)
@@ -357,7 +356,7 @@ def test_a_checkpoint_of_the_environment(monkeypatch):
     monkeypatch.delenv("KD_NO_SUCH_FOLDER", raising=False)
     data = load_data(config.data)
     with pytest.raises(InputError, match="environment variable is not set"):
-        Sources(config, data, split_target(config, data)).create(entry)
+        Sources(config, data, split_target(data, config.labelled, config.unlabelled, config.seed)).create(entry)
 
 
 def test_configs_say_what_they_are():

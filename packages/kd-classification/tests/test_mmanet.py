@@ -27,6 +27,7 @@ from kd_classification.engine.multimodal import (
     draw_masks,
     load_modalities,
     load_multimodal,
+    mask_name,
     predict_masked,
     save_multimodal,
 )
@@ -34,7 +35,6 @@ from kd_classification.methods.mmanet import (
     MMANet,
     histogram_distance,
     margin_aware,
-    mask_name,
     masked_cross_entropy,
     relations,
     uncertainty_weights,

@@ -193,6 +193,11 @@ def draw_masks(batch: int, count: int, device: Any) -> Tensor:
     return combinations(count).to(device)[torch.randint(2**count - 1, (batch,), device=device)]
 
 
+def mask_name(mask: Tensor) -> str:
+    """'101' for a mask (M,) that keeps the first and the third modality."""
+    return "".join(str(int(kept)) for kept in mask)
+
+
 # ---------------------------------------------------------------- networks
 
 
@@ -335,3 +340,10 @@ def predict_masked(network: MultiModalNet, images: MultiImages, mask: Tensor) ->
         logits.append(network(moved, mask).float().cpu())
     network.train(was_training)
     return torch.cat(logits)
+
+
+def mean_accuracy(network: MultiModalNet, images: MultiImages, masks: Tensor | None = None) -> float:
+    """Accuracy averaged over masks, by default over all combinations."""
+    masks = combinations(len(network.modalities)) if masks is None else masks
+    hits = [(predict_masked(network, images, mask).argmax(1) == images.labels).double().mean() for mask in masks]
+    return float(torch.stack(hits).mean())

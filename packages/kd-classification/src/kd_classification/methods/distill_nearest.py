@@ -23,19 +23,26 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from kd_classification import metrics as m
 from kd_classification import runs
-from kd_classification.data import Batch, Data, DataConfig, Images, collate, load_data
-from kd_classification.engine.pool import UNLABELLED
+from kd_classification.data import Data, DataConfig, Images, load_data
+from kd_classification.engine.few_labels import (
+    Change,
+    Pair,
+    Pairs,
+    Parts,
+    changed,
+    collate_pairs,
+    plain,
+    split_target,
+)
 from kd_classification.engine.similarity import ON_FEATURES, ON_PROBABILITIES, similarity_scores
 from kd_classification.models import (
     ModelConfig,
@@ -57,7 +64,6 @@ from kdcore.stages import Artefacts, Procedure, RunContext, Stage, write_atomica
 from kdcore.training import TrainSetup, TrainStage
 
 Score = Literal["parc", "cka", "h_score", "knn", "leep", "nce"]
-Change = Literal["none", "rotate", "invert", "permute", "shuffle_labels"]
 
 
 class DistillNearestConfig(MethodConfig):
@@ -139,13 +145,6 @@ def source_loss(logits: Tensor, source_logits: Tensor, temperature: float = 1.0)
     return F.cross_entropy(logits, (source_logits.detach() / temperature).softmax(dim=1))
 
 
-class Pair(NamedTuple):
-    """A labelled and an unlabelled batch of one step."""
-
-    labelled: Batch
-    unlabelled: Batch
-
-
 class DistillWeighted(Distiller):
     """`sources`: name -> (a_s, network, number of its classes); one of weight 1 is DistillNearest. The student is a
     timm network, whose own classifier is h."""
@@ -181,68 +180,7 @@ class DistillWeighted(Distiller):
         return terms
 
 
-# ---------------------------------------------------------------- data
-
-
-class Pairs(Dataset[Any]):
-    """Item i: unlabelled image i and a labelled one drawn at random. In-memory images are read a batch at a time."""
-
-    def __init__(self, labelled: Images, unlabelled: Images):
-        self.labelled, self.unlabelled = labelled, unlabelled
-        if labelled.transform is None:
-            self.__getitems__ = self._batch
-
-    def __len__(self) -> int:
-        return len(self.unlabelled)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        drawn = int(torch.randint(len(self.labelled), ()))
-        return self.labelled[drawn], self.unlabelled[index]
-
-    def _batch(self, indices: list[int]) -> Pair:
-        drawn = torch.randint(len(self.labelled), (len(indices),)).tolist()
-        return Pair(self.labelled._batch(drawn), self.unlabelled._batch(indices))
-
-
-def collate_pairs(items: Any) -> Pair:
-    if isinstance(items, Pair):
-        return items
-    labelled, unlabelled = zip(*items, strict=True)
-    return Pair(collate(labelled), collate(unlabelled))
-
-
-class Parts(NamedTuple):
-    """The training images of the target: with labels, without, and what is left over for sources."""
-
-    labelled: Images
-    unlabelled: Images
-    rest: Images
-
-
-def split_target(config: DistillNearestRun, data: Data) -> Parts:
-    """The same parts for one seed. Raises InputError when a class has too few images."""
-    generator = np.random.default_rng([config.seed, 41])
-    labels, chosen = data.train.labels.numpy(), []
-    for label, name in enumerate(data.class_names):
-        indices = generator.permutation(np.flatnonzero(labels == label))
-        count = round(config.labelled if config.labelled >= 1 else max(1, config.labelled * len(indices)))
-        if len(indices) < count or len(indices) == 0:
-            raise InputError(f"labelled = {config.labelled}: class '{name}' has {len(indices)} training images")
-        chosen.append(indices[:count])
-    kept = np.sort(np.concatenate(chosen))
-    others = generator.permutation(np.setdiff1d(np.arange(len(labels)), kept))
-    size = len(others) if config.unlabelled is None else config.unlabelled
-    if not 0 < size <= len(others):
-        raise InputError(f"unlabelled = {config.unlabelled}: {len(others)} training images are left without a label")
-    taught = data.train.subset(torch.from_numpy(np.sort(others[:size])))
-    unlabelled = taught.relabelled(torch.full((size,), UNLABELLED))
-    rest = data.train_plain.subset(torch.from_numpy(np.sort(others[size:])))
-    return Parts(data.train.subset(torch.from_numpy(kept)), unlabelled, rest)
-
-
-def plain(images: Images, data: Data) -> Images:
-    """The images under the test preprocessing."""
-    return Images(images.split, images.labels, data.test.transform, (data.test.mean, data.test.std))
+# ---------------------------------------------------------------- the sources' tasks
 
 
 def source_data(source: SourceConfig, data: Data, rest: Images) -> Data:
@@ -256,25 +194,6 @@ def source_data(source: SourceConfig, data: Data, rest: Images) -> Data:
     images = changed(images, source.change)
     names = ["+".join(data.class_names[label] for label in group) for group in groups]
     return replace(data, train=images, validation=None, class_names=names)
-
-
-def changed(images: Images, change: Change) -> Images:
-    """In-memory images turned by 90 degrees, inverted, with pixels in another order, or with labels at random."""
-    if change == "none":
-        return images
-    generator = torch.Generator().manual_seed(43)
-    if change == "shuffle_labels":
-        return images.relabelled(images.labels[torch.randperm(len(images), generator=generator)])
-    pixels = images.split.images
-    if pixels is None:
-        raise InputError(f"sources: change = '{change}': only for data in memory (digits, mnist, cifar, idx, npz)")
-    if change == "permute":
-        order = torch.randperm(pixels[0, 0].numel(), generator=generator)
-        pixels = pixels.flatten(2)[:, :, order].view_as(pixels)
-    else:
-        pixels = 255 - pixels if change == "invert" else pixels.rot90(1, (2, 3))
-    split = replace(images.split, images=pixels.contiguous())
-    return Images(split, images.labels, images.transform, (images.mean, images.std))
 
 
 # ---------------------------------------------------------------- stages
@@ -387,7 +306,7 @@ def classes_of(network: nn.Module) -> int:
 
 def stages(config: DistillNearestRun, context: RunContext) -> list[Stage]:
     data = load_data(config.data, config.seed)
-    parts = split_target(config, data)
+    parts = split_target(data, config.labelled, config.unlabelled, config.seed)
     check(config, data, parts)
     sources = Sources(config, data, parts)
 

@@ -43,6 +43,8 @@ from kd_classification.engine.multimodal import (
     draw_masks,
     load_modalities,
     load_multimodal,
+    mask_name,
+    mean_accuracy,
     predict_masked,
     save_multimodal,
 )
@@ -264,13 +266,6 @@ def setup_of(config: MMANetRun, distiller: Distiller, data: MultiData, train: An
     return TrainSetup(distiller, loader, evaluate)
 
 
-def mean_accuracy(network: MultiModalNet, images: MultiImages, masks: Tensor | None = None) -> float:
-    """Accuracy averaged over masks, by default over all combinations."""
-    masks = combinations(len(network.modalities)) if masks is None else masks
-    hits = [(predict_masked(network, images, mask).argmax(1) == images.labels).double().mean() for mask in masks]
-    return float(torch.stack(hits).mean())
-
-
 def teacher_stage(config: MMANetRun, data: MultiData) -> Stage:
     train = config.teacher.train
 
@@ -393,11 +388,6 @@ def evaluate(config: MMANetRun, artefacts: Artefacts) -> dict[str, Any]:
 
 def mean_of(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def mask_name(mask: Tensor) -> str:
-    """'101' for a mask (M,) that keeps the first and the third modality."""
-    return "".join(str(int(kept)) for kept in mask)
 
 
 @torch.no_grad()
