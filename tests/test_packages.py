@@ -141,7 +141,8 @@ def test_small_config_compares_with_a_baseline(key):
 SOURCES = {"digits", "mnist", "cifar10", "cifar100", "image_folder", "idx", "npz", "csv", "imagefolder", "prompts"}
 UNSOURCED_KEYS = {"method", "root", "channels", "pretrained", "variant", "dtype", "gradient_checkpointing"}
 UNSOURCED_KEYS |= {"num_workers", "log_every", "checkpoint_every", "eval_every"}
-UNSOURCED_KEYS |= {"type", "_base_", "_delete_", "data_root", "data_prefix"}  # of OpenMMLab's configs
+UNSOURCED_KEYS |= {"type", "_base_", "_delete_", "data_root", "data_prefix"}
+UNSOURCED_KEYS |= {"img_suffix", "seg_map_suffix", "metainfo"}  # of OpenMMLab's configs
 PAPER_CONFIGS = [path for path in CONFIGS if re.split("[-_]", path.stem)[0] == "paper"]
 
 
@@ -161,10 +162,10 @@ def from_python(text: str) -> str:
         key, value = (match[1] or match[3], match[2] if match[1] else match[4]) if match else ("item", code)
         value = re.sub(r"^(?:dict)?[(\[{]+$", "", value).rstrip(",")
         # What only repeats another variable, or an environment variable, sets nothing.
-        value = re.sub(r"^(?!True|False)[a-z_]+[\w.]*$|^\"?\{\{.*\}\}\"?$|^dict\(\)$", "", value)
+        value = re.sub(r"^(?!True|False)[a-z_]+[\w.]*$|^\"?\{\{.*\}\}\"?$|^dict\((type=\"\w+\")?\)$", "", value)
         opens = not match and re.fullmatch(r"(?:dict)?[(\[{]+", code)
         closes = re.fullmatch(r"[)\]},]*", code) and not opens
-        closes = closes or re.match(r"(def|return)\b", code)
+        closes = closes or re.match(r"(def|return)\b|\"{3}", code)
         code = "" if closes else f"{key}: {value}" if not opens else f"{key}:"
         lines.append(f"{indentation}{code}{'  #' + comment if hash_ else ''}")
     return "\n".join(lines)

@@ -9,8 +9,8 @@ from kd_segmentation.integrations import mmcv_ext
 
 mmcv_ext.provide()  # before anything imports mmcv.ops, as mmseg does
 
-from kd_segmentation.integrations import datasets, hooks, registration, segmentor  # noqa: E402
+from kd_segmentation.integrations import datasets, hooks, necks, registration, segmentor  # noqa: E402
 
 registration.register()
 
-__all__ = ["datasets", "hooks", "mmcv_ext", "registration", "segmentor"]
+__all__ = ["datasets", "hooks", "mmcv_ext", "necks", "registration", "segmentor"]

@@ -11,7 +11,7 @@ from kd_segmentation.engine.losses import LOSSES
 from kd_segmentation.engine.tapped import TappedDistiller
 from kdcore.distiller import Distiller
 
-METHODS = ("cwd", "mgd")
+METHODS = ("cwd", "mgd", "gkd")
 """Modules of `kd_segmentation.methods` whose distillers configs may name."""
 
 
