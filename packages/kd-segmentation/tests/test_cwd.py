@@ -102,6 +102,16 @@ def test_losses_need_a_teacher():
         CWD(networks()[0], {})
 
 
+def test_show_lists_the_methods_fields_and_not_the_budget_of_other_packages():
+    from kd_segmentation.methods.cwd import METHOD
+    from kdcore.cli.fields import rows
+
+    names = [row.name for row in rows(METHOD.config, first="method_args")]
+    assert names[:3] == ["method_args", "method_args.task", "method_args.losses"]
+    assert "train_cfg" in names
+    assert not any(name == "train" or name.startswith("train.") for name in names)
+
+
 # ---------------------------------------------------------------- with mmseg
 
 TINY = (

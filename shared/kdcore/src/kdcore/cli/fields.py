@@ -36,7 +36,8 @@ def rows(config: type[BaseModel], *, first: str | None = None) -> list[Row]:
 
     A section that comes twice is listed once; its other names refer to it.
     """
-    names = sorted(config.model_fields, key=lambda name: name != first)
+    shown = [name for name, field in config.model_fields.items() if not field.exclude]
+    names = sorted(shown, key=lambda name: name != first)
     homes: dict[type[BaseModel], str] = {}
     level = [(name, config.model_fields[name]) for name in names]
     while level:  # breadth first, so that a section's home is its shortest name
