@@ -23,6 +23,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -295,8 +296,7 @@ class Sources:
 
 
 def load_model_or_none(checkpoint: str | None, field: str) -> nn.Module | None:
-    from pathlib import Path
-
+    """The saved folder's network, or None where `checkpoint` is no folder."""
     return load_model(Path(checkpoint), field=field) if checkpoint and Path(checkpoint).is_dir() else None
 
 

@@ -35,8 +35,14 @@ from kd_classification import metrics as m
 from kd_classification import runs
 from kd_classification.data import Batch, Data, DataConfig, Images, load_data
 from kd_classification.engine.classifier import ClassifierDistiller
-from kd_classification.heads import Distance, HarmonicHead, classifier_name, load_harmonic, save_harmonic
-from kd_classification.heads import with_harmonic_head as _with_head
+from kd_classification.heads import (
+    Distance,
+    HarmonicHead,
+    classifier_name,
+    load_harmonic,
+    save_harmonic,
+    with_harmonic_head,
+)
 from kd_classification.models import ModelConfig, create_model, penultimate
 from kd_classification.runs import TeacherConfig
 from kdcore.config import MethodConfig, MethodRunConfig
@@ -172,7 +178,7 @@ def spectrum_metrics(features: Tensor, *, samples: int = 2000, components: int =
 def create_student(config: HarmonicRun, data: Data) -> nn.Module:
     student = create_model(config.student, data, field="student")
     args = config.method_args
-    return student if args.head == "linear" else _with_head(student, **args.head_settings)
+    return student if args.head == "linear" else with_harmonic_head(student, **args.head_settings)
 
 
 class Training:
