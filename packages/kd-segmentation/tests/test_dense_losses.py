@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_segmentation.engine.losses import (
+    AttentionTransfer,
     ChannelKL,
     FeatureMSE,
     PixelKL,
@@ -117,3 +118,10 @@ def test_ohem_is_at_least_the_plain_mean_and_keeps_enough(pixels, kept, threshol
     loss = ohem_cross_entropy(logits, labels, threshold=threshold, min_kept=kept).item()
     if kept > 0 or loss > 0:
         assert loss >= plain - 1e-9  # dropping easy pixels raises the mean
+
+
+def test_attention_transfer_takes_any_number_of_channels():
+    student, _ = maps()
+    loss = AttentionTransfer()
+    assert loss(student, torch.cat([student, student], 1)).item() == pytest.approx(0, abs=1e-12)
+    assert loss(student, student.flip(-1)).item() > 0

@@ -314,3 +314,27 @@ def test_a_foundation_of_timm_with_another_geometry_and_normalisation(tmp_path):
     assert "student/mIoU" in metrics
     assert not any(name.startswith("teacher") for name in metrics)
     assert (tmp_path / "run" / "second" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_papers_head_trains_and_predicts_without_compiled_operators():
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    from kd_segmentation.integrations import networks
+    from kd_segmentation.runs import stock_model
+    from kdcore.method import load_config
+
+    _, config = load_config("gkd/paper")
+    model = networks.without_initialisation(stock_model(config, config.model["student"]))
+    model["backbone"]["img_size"] = 64
+    model["data_preprocessor"]["size"] = (64, 64)
+    model["decode_head"]["train_cfg"]["num_points"] = 64
+    network = networks.build(model, "model.student")
+    sample = SegDataSample(metainfo={"img_shape": (64, 64), "ori_shape": (64, 64), "pad_shape": (64, 64)})
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, 64, 64)))
+    losses = network.loss(torch.randn(1, 3, 64, 64), [sample])
+    sum(value for name, value in losses.items() if "loss" in name).backward()
+    assert network.backbone.timm_model.model.patch_embed.proj.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert network.eval().predict(torch.randn(1, 3, 64, 64), [sample])[0].pred_sem_seg.data.shape == (1, 64, 64)

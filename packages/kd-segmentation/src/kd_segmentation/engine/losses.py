@@ -4,6 +4,7 @@
                                 (pixel-wise distillation, arXiv 1903.04197)
     ChannelKL(temperature=4)    every channel as a distribution over the pixels (arXiv 2011.13256)
     FeatureMSE(normalise=True)  squared error of feature maps
+    AttentionTransfer()         energy of each pixel over the channels; channels may differ (arXiv 1612.03928)
 
 Student and teacher maps are (B, C, h, w) of one shape; the teacher's is computed under no_grad.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_segmentation.engine.batch import IGNORE
-from kdcore.losses import hint_mse, normalised_mse, soft_target_kl
+from kdcore.losses import attention_transfer, hint_mse, normalised_mse, soft_target_kl
 
 
 def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
@@ -121,4 +122,16 @@ class FeatureMSE(nn.Module):
         return feature_mse(student, teacher, normalise=self.normalise)
 
 
-LOSSES = {"PixelKL": PixelKL, "ChannelKL": ChannelKL, "FeatureMSE": FeatureMSE}
+class AttentionTransfer(nn.Module):
+    """Where a map is active, whatever its channels (arXiv 1612.03928), of `kdcore.losses`."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return attention_transfer(student, teacher)
+
+
+LOSSES = {
+    "PixelKL": PixelKL,
+    "ChannelKL": ChannelKL,
+    "FeatureMSE": FeatureMSE,
+    "AttentionTransfer": AttentionTransfer,
+}

@@ -36,7 +36,7 @@ class TapLossConfig(Config):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(description="registered loss: PixelKL, ChannelKL, FeatureMSE, or a module in mmseg's registry")
+    type: str = Field(description="PixelKL, ChannelKL, FeatureMSE, AttentionTransfer, or a module in mmseg's registry")
     weight: float = Field(1.0, ge=0, description="weight of the loss")
     student: str = Field(LOGITS, description="module of the student, or logits")
     teacher: str = Field(LOGITS, description="module of the teacher, or logits")

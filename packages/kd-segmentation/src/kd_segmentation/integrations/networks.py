@@ -7,9 +7,11 @@ meta of plain types: `mmseg.apis.init_model(folder / "config.py", folder / "mode
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import pprint
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -247,4 +249,5 @@ def open_saved(folder: Path, device: str = "cpu") -> nn.Module:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"network '{folder}': {name} is missing")
-    return init_model(str(folder / CONFIG), str(folder / WEIGHTS), device=device)
+    with redirect_stdout(io.StringIO()):  # mmengine prints where it loads from
+        return init_model(str(folder / CONFIG), str(folder / WEIGHTS), device=device)

@@ -59,11 +59,11 @@ class MMEngineStage:
 
         seed = stage_seed(context, self.name)
         set_seed(seed)
-        setup = self.build(context)
         work = context.folder / "checkpoints" / self.name
         with ExitStack() as stack:
             stack.enter_context(on_device(context.accelerator.device.type))
             stack.enter_context(quiet_mmengine())
+            setup = self.build(context)
             config = runner_config(setup.config, work, seed, context)
             runner = make_runner(config)
             run_hook = RunHook(context, self.name, _intervals(setup.config), Path(work))
