@@ -1,3 +1,3 @@
-"""Knowledge distillation of radiance fields, on nerfstudio; no method yet."""
+"""Knowledge distillation of radiance fields, on nerfstudio."""
 
 __version__ = "0.1.0"

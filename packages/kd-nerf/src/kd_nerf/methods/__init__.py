@@ -1,1 +1,1 @@
-"""One file per paper; none yet."""
+"""One file per paper."""

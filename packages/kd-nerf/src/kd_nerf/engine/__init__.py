@@ -1,0 +1,1 @@
+"""Radiance fields, occupancy grids, ray marching and cameras, in plain torch."""
