@@ -223,7 +223,7 @@ def check(config: Run, distiller: Section) -> None:
     """Builds networks, distiller and data sets, so that what is wrong with them is said before anything trains."""
     from kd_detection3d import integrations  # noqa: F401  registers
     from kd_detection3d.integrations import detector, networks
-    from kd_detection3d.integrations.stage import check_dataset, quiet_mmengine
+    from kd_detection3d.integrations.stage import check_dataset, check_frame, quiet_mmengine
     from kdcore.distiller import freeze
 
     unknown = set(config.model) - {"type", "student", "teachers"}
@@ -245,6 +245,7 @@ def check(config: Run, distiller: Section) -> None:
         for field in ("train_dataloader", "test_dataloader"):
             data = check_dataset(getattr(config, field)["dataset"], f"{field}.dataset")
             check_classes_of_data(student, data, f"{field}.dataset")
+            check_frame(data, f"{field}.dataset")
 
 
 def check_classes_of_data(student: Any, data: Any, field: str) -> None:

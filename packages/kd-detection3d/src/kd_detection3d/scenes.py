@@ -85,7 +85,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
             y = rng.uniform(-0.85, 0.85) * min(x, 12.0)
             apart = size[:2].max() / 2 + 0.3
             if all(np.hypot(x - b[0], y - b[1]) > apart + b[3:5].max() / 2 for b in boxes):
-                boxes.append(np.array([x, y, GROUND, *size, rng.uniform(-np.pi, np.pi)]))
+                boxes.append(np.array([x, y, GROUND, *size, rng.uniform(-np.pi / 2, np.pi / 2)]))
                 labels.append(label)
                 break
     count = rng.integers(2, 5)

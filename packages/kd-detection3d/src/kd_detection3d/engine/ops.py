@@ -141,7 +141,9 @@ def hard_voxelize(
     if not len(points):
         number.zero_()
         return
-    unique, which = torch.unique(found, dim=0, return_inverse=True)
+    shape = found.amax(0) + 1
+    flat = (found[:, 0] * shape[1] + found[:, 1]) * shape[2] + found[:, 2]
+    unique, which = torch.unique(flat, return_inverse=True)
     place = torch.arange(len(points), device=points.device)
     first = torch.full((len(unique),), len(points), device=points.device).scatter_reduce(0, which, place, "amin")
     rank = torch.empty_like(first)

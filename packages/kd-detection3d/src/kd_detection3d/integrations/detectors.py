@@ -29,6 +29,7 @@ class LiftSplat(BaseModule):
 
     in_channels: of the image features. out_channels: of the map. point_cloud_range: x0 y0 z0 x1 y1 z1, metres.
     bev_shape: rows (y) and columns (x) of the map. depth: start, stop and step of the depths, metres.
+    mid_channels: of a 3x3 convolution before the depths and features are predicted; None: there is none.
     """
 
     def __init__(
@@ -38,12 +39,19 @@ class LiftSplat(BaseModule):
         point_cloud_range: Sequence[float],
         bev_shape: Sequence[int],
         depth: Sequence[float] = (2.0, 58.0, 0.5),
+        mid_channels: int | None = None,
         init_cfg: Mapping[str, Any] | None = None,
     ):
         super().__init__(init_cfg)
         self.limits, self.shape, self.channels = tuple(point_cloud_range), tuple(bev_shape), out_channels
         self.register_buffer("depths", torch.arange(*depth), persistent=False)
-        self.depth_net = nn.Conv2d(in_channels, len(self.depths) + out_channels, 1)
+        last = nn.Conv2d(mid_channels or in_channels, len(self.depths) + out_channels, 1)
+        norm = {"type": "BN"}
+        self.depth_net = (
+            nn.Sequential(ConvModule(in_channels, mid_channels, 3, padding=1, norm_cfg=norm), last)
+            if mid_channels
+            else last
+        )
 
     def forward(
         self, features: Tensor, lidar2img: Tensor, image_size: Sequence[int], metas: Sequence[Mapping[str, Any]]

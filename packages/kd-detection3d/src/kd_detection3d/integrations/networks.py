@@ -2,8 +2,8 @@
 
 A saved network is a folder with `config.py`, a config of the network and of the data set that its inference reads, and
 `model.pth`, its state dict and meta of plain types: `mmdet3d.apis.init_model(folder / "config.py", folder /
-"model.pth")` opens it. One with the detectors of this package also holds `kd_detection3d/integrations/detectors.py`,
-which is all that it needs of it.
+"model.pth")` opens it. One with detectors or transforms of this package also holds these two files, under
+`kd_detection3d/integrations/`, which is all that it needs of it: the folder goes on the Python path.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import copy
 import pickle
 import pprint
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mmdet3d
@@ -25,12 +25,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from kd_detection3d.integrations import detectors
+from kd_detection3d.integrations import detectors, transforms
 from kdcore.distiller import freeze
 from kdcore.errors import InputError
 
 CONFIG, WEIGHTS = "config.py", "model.pth"
-DETECTORS = detectors.__name__
+OURS = (detectors, transforms)
+"""Files of this package that a saved network may need; they stand on mmdet3d alone."""
 
 
 def build(config: Mapping[str, Any], field: str) -> nn.Module:
@@ -187,12 +188,13 @@ def save(
         "model": without_initialisation(model),
         "test_dataloader": {"dataset": dict(dataset)},
     }
-    if uses_ours(model):
-        sections["custom_imports"] = {"imports": [DETECTORS], "allow_failed_imports": False}
-        source = Path(str(sys.modules[DETECTORS].__file__))
-        target = folder.joinpath(*DETECTORS.split(".")).with_suffix(".py")
+    needed = [module for module in OURS if uses(module, [model, dataset])]
+    if needed:
+        sections["custom_imports"] = {"imports": [module.__name__ for module in needed], "allow_failed_imports": False}
+    for module in needed:
+        target = folder.joinpath(*module.__name__.split(".")).with_suffix(".py")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        shutil.copyfile(str(module.__file__), target)
     text = "\n".join(
         f"{name} = {pprint.pformat(plain_config(value), width=110, sort_dicts=False)}"
         for name, value in sections.items()
@@ -207,12 +209,14 @@ def plain_config(value: Any) -> Any:
     return type(value)(plain_config(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def uses_ours(model: Any) -> bool:
-    """Whether a network's config names a class of this package."""
-    if isinstance(model, Mapping):
-        kind = model.get("type")
-        return (isinstance(kind, str) and hasattr(detectors, kind)) or any(map(uses_ours, model.values()))
-    return isinstance(model, list | tuple) and any(map(uses_ours, model))
+def uses(module: ModuleType, config: Any) -> bool:
+    """Whether a config names a class of a module."""
+    if isinstance(config, Mapping):
+        kind = config.get("type")
+        found = getattr(module, kind, None) if isinstance(kind, str) else None
+        ours = getattr(found, "__module__", None) == module.__name__
+        return ours or any(uses(module, value) for value in config.values())
+    return isinstance(config, list | tuple) and any(uses(module, value) for value in config)
 
 
 def open_saved(folder: Path, device: str = "cpu") -> nn.Module:

@@ -285,3 +285,12 @@ def check_dataset(config: Mapping[str, Any], field: str) -> Any:
         raise InputError(f"{field}.{error}") from None
     except (KeyError, TypeError, ValueError, AssertionError, OSError) as error:
         raise InputError(f"{field}: the data set cannot be built ({' '.join(str(error).split())})") from None
+
+
+def check_frame(data: Any, field: str) -> None:
+    """Raises InputError where the first frame of a data set cannot be read."""
+    try:
+        data[0]
+    except (KeyError, TypeError, ValueError, AssertionError, OSError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{field}: its first frame cannot be read ({type(error).__name__}: {said})") from None

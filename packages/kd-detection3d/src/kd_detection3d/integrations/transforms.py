@@ -1,4 +1,7 @@
-"""Transforms in mmdet3d's registry: cameras of any number, their size, and boxes without velocity."""
+"""Transforms in mmdet3d's registry: cameras of any number, their size, and boxes without velocity.
+
+Like `detectors`, this file needs mmdet3d alone, and goes along with a saved camera student.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,13 @@ from mmdet3d.registry import TRANSFORMS
 from mmdet3d.structures import BaseInstance3DBoxes
 from mmengine.fileio import get
 
-from kdcore.errors import InputError
-
 
 @TRANSFORMS.register_module()
 class LoadCameras(BaseTransform):
     """Every camera of a frame that has a picture: `img`, a list of BGR arrays, and `lidar2img`, (4, 4) for each.
 
-    cameras: their names, None for all. The pictures of a frame have one size.
+    cameras: their names, None for all. Raises ValueError: a camera that the frame does not have, pictures of several
+    sizes.
     """
 
     def __init__(self, cameras: Sequence[str] | None = None):
@@ -29,14 +31,14 @@ class LoadCameras(BaseTransform):
         known = {name: item for name, item in results["images"].items() if "img_path" in item}
         missing = [name for name in self.cameras or () if name not in known]
         if missing or not known:
-            raise InputError(f"LoadCameras: the frame has no camera {missing or ''}; it has {', '.join(known)}")
+            raise ValueError(f"LoadCameras: the frame has no camera {missing or ''}; it has {', '.join(known)}")
         chosen = [known[name] for name in self.cameras or known]
         results["img_path"] = [item["img_path"] for item in chosen]
         results["img"] = [mmcv.imfrombytes(get(item["img_path"])) for item in chosen]
         results["lidar2img"] = [square(item["cam2img"]) @ square(item["lidar2cam"]) for item in chosen]
         sizes = {picture.shape[:2] for picture in results["img"]}
         if len(sizes) > 1:
-            raise InputError(f"LoadCameras: pictures of one size are read, got {sorted(sizes)}; name some in cameras")
+            raise ValueError(f"LoadCameras: pictures of one size are read, got {sorted(sizes)}; name some in cameras")
         results["img_shape"] = results["ori_shape"] = results["pad_shape"] = sizes.pop()
         results["num_views"] = len(chosen)
         return results
