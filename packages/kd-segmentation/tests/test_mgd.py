@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 
 import pytest
 import torch
@@ -323,3 +324,26 @@ def test_bad_input_of_mgd(tmp_path):
         method, config = load_config("mgd/small", [*TINY, override])
         with pytest.raises(InputError, match=message):
             run.train(method, config, tmp_path / "bad", quiet=True, cpu=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("KD_DATA" not in os.environ, reason="KD_DATA is not set: CamVid is not there")
+def test_camvid_with_an_eighth_of_the_labels(tmp_path):
+    from kd_segmentation import integrations  # noqa: F401  registers
+    from kd_segmentation.integrations.stage import check_dataset
+    from kdcore import run
+    from kdcore.method import load_config
+
+    pipeline = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
+    sets = {
+        split: check_dataset({"type": "CamVidDataset", "split": split, "pipeline": pipeline}, split)
+        for split in ("train", "val", "test")
+    }
+    assert [len(data) for data in sets.values()] == [367, 101, 233]
+    labels = {int(v) for index in (0, 7) for v in torch.as_tensor(sets["train"][index]["gt_seg_map"]).unique()}
+    assert labels <= {*range(11), 255}
+    assert 255 in labels
+    method, config = load_config("mgd/camvid", TINY)
+    metrics = run.train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    assert len(metrics["class_names"]) == 11
+    assert 0 < metrics["student/pixel_accuracy"] < 1
