@@ -1,0 +1,19 @@
+# ruff: noqa: C408
+# LiDAR and cameras -> LiDAR on the rendered scenes; see small.py.
+_base_ = ["small.py"]
+method = "unidistill"
+
+model = dict(
+    _delete_=True,
+    type="DistilledDetector3D",
+    student={{_base_.lidar}},
+    teachers=dict(teacher=dict(model={{_base_.fusion}})),
+    distiller=dict(
+        type="UniDistill",
+        path="F2L",
+        point_cloud_range=[0.0, -12.8, -3.0, 25.6, 12.8, 1.0],
+        feature=2.0,
+        relation=4.0,
+        response=2.0,
+    ),
+)
