@@ -2,7 +2,8 @@
 
 A checkpoint is read with `weights_only`: neither config.yml nor any pickled class is opened. Our fields carry their
 config in the weights; the sizes of stock fields (nerfacto and instant-ngp, vanilla-nerf, tensorf) are read off their
-tensors. What tensors do not say is assumed to be the stock default, but for `contraction`.
+tensors. What tensors do not say, such as a hash grid's base resolution, is assumed to be the stock default, but for
+`contraction`.
 """
 
 from __future__ import annotations
@@ -222,6 +223,7 @@ def load(field: nn.Module, weights: State, name: str) -> None:
         field.load_state_dict(dict(weights))
     except RuntimeError as error:
         raise InputError(f"teacher_checkpoint: a {name} with other than the stock settings ({error})") from None
+    field.eval()
 
 
 def density_at(field: nn.Module, positions: Tensor) -> Tensor:
