@@ -363,3 +363,16 @@ def test_teachers_get_their_own_normalisation_and_operators_say_what_they_miss()
         assert torch.autograd.gradcheck(
             lambda v, p, w: function.apply(v, shapes, starts, p, w, 64), (values, places, weights)
         )
+
+
+@pytest.mark.parametrize("name", ["cwd/paper", "mgd/paper", "gkd/paper"])
+def test_paper_configs_read_their_folders_from_the_environment(name, monkeypatch):
+    from kdcore.method import load_config
+
+    monkeypatch.delenv("CITYSCAPES", raising=False)
+    assert "data/cityscapes" in str(load_config(name)[1].model_dump())
+    monkeypatch.setenv("CITYSCAPES", "/disk/scapes")
+    found = str(load_config(name)[1].model_dump())
+    assert "/disk/scapes" in found
+    assert "data/cityscapes" not in found
+    assert "{{" not in found

@@ -2,7 +2,7 @@
 # Cityscapes in mmseg's layout under $CITYSCAPES: leftImg8bit/{train,val}, gtFine/{train,val} (labelTrainIds).
 _base_ = ["runtime.py"]
 
-data_root = "{{$CITYSCAPES:$CITYSCAPES}}"
+data_root = "{{$CITYSCAPES:data/cityscapes}}"
 crop_size = (512, 512)
 data_preprocessor = dict(
     type="SegDataPreProcessor",

@@ -150,7 +150,7 @@ method_args = dict(
                 5e-4,  # source: release scripts
                 dict(
                     type="BaseSegDataset",
-                    data_root="{{$IMAGENET:$IMAGENET}}",
+                    data_root="{{$IMAGENET:data/imagenet}}",
                     data_prefix=dict(img_path="train"),
                     img_suffix=".JPEG",
                     metainfo=dict(classes=["image"]),
@@ -168,7 +168,7 @@ method_args = dict(
                 1.25e-4,  # source: release scripts
                 dict(
                     type="CityscapesDataset",
-                    data_root="{{$GTA5:$GTA5}}",
+                    data_root="{{$GTA5:data/gta}}",
                     data_prefix=dict(img_path="images"),
                     img_suffix=".png",
                     pipeline=images(512),  # source: release scripts
@@ -184,7 +184,7 @@ train_dataloader = dict(
     sampler=dict(type="InfiniteSampler", shuffle=True),  # source: release task_learning/configs
     dataset=dict(  # source: release task_learning/configs (resize .5 to 2 x 512, crop 512); layout not confirmed
         type="CityscapesDataset",
-        data_root="{{$GTA5:$GTA5}}",
+        data_root="{{$GTA5:data/gta}}",
         data_prefix=dict(img_path="images", seg_map_path="labels"),
         img_suffix=".png",
         seg_map_suffix="_labelTrainIds.png",
@@ -209,7 +209,7 @@ test_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=False),  # source: release task_learning/configs
     dataset=dict(
         type="CityscapesDataset",
-        data_root="{{$CITYSCAPES:$CITYSCAPES}}",
+        data_root="{{$CITYSCAPES:data/cityscapes}}",
         data_prefix=dict(img_path="leftImg8bit/val", seg_map_path="gtFine/val"),
         pipeline=[
             dict(type="LoadImageFromFile"),
@@ -222,13 +222,13 @@ test_dataloader = dict(
 val_dataloader = test_dataloader
 domains = dict(  # not confirmed: the usual layouts
     bdd100k=dict(
-        data_root="{{$BDD100K:$BDD100K}}",
+        data_root="{{$BDD100K:data/bdd100k}}",
         data_prefix=dict(img_path="images/10k/val", seg_map_path="labels/sem_seg/masks/val"),
         img_suffix=".jpg",
         seg_map_suffix=".png",
     ),
     mapillary=dict(
-        data_root="{{$MAPILLARY:$MAPILLARY}}",
+        data_root="{{$MAPILLARY:data/mapillary}}",
         data_prefix=dict(img_path="half/val_img", seg_map_path="half/val_label"),
         img_suffix=".jpg",
         seg_map_suffix="_labelTrainIds.png",

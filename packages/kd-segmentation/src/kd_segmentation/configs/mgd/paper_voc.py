@@ -5,7 +5,7 @@
 _base_ = ["paper.py"]
 method = "mgd"
 
-data_root = "{{$VOC:$VOC}}"
+data_root = "{{$VOC:data/VOCdevkit/VOC2012}}"
 crop_size = (512, 512)  # source: release config.py
 preprocessor = dict(size=crop_size)  # source: release config.py
 network = dict(  # source: release config.py
