@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -205,7 +206,6 @@ def test_the_text_config_runs_on_another_pipeline_by_name(tiny_text_folder, tmp_
         (["method_args.times={low: 9, high: 3}"], r"low = 9 must be below high = 3"),
         (["method_args.fake_update=3"], r"unknown key 'method_args\.fake_update'.*fake_updates"),
         (["teacher.world={name: digits_unet}"], r"give either pretrained or world"),
-        (["evaluation.features=inception"], r"evaluation\.features = 'inception': needs torch-fidelity"),
         (
             ["data.held_out=0", "evaluation.features=classifier"],
             r"'classifier': needs labelled images, some of them held",
@@ -216,6 +216,14 @@ def test_the_text_config_runs_on_another_pipeline_by_name(tiny_text_folder, tmp_
 def test_bad_input_is_one_message_before_anything_trains(tiny_unet_folder, tmp_path, given, message):
     with pytest.raises(InputError, match=message):
         run(tiny_unet_folder, tmp_path / "run", *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_inception_features_need_torch_fidelity(tiny_unet_folder, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch_fidelity" else found(name))
+    with pytest.raises(InputError, match=r"evaluation\.features = 'inception': needs torch-fidelity"):
+        run(tiny_unet_folder, tmp_path / "run", "evaluation.features=inception")
     assert not (tmp_path / "run").exists()
 
 

@@ -426,10 +426,6 @@ def test_torchscript_gives_the_same_logits(tmp_path):
     torch.testing.assert_close(loaded(x), student(x))
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="onnx, onnxscript and onnxruntime come with the extra kd-graph[export]",
-)
 def test_onnx_gives_the_same_logits_for_any_number_of_nodes(tmp_path):
     import onnxruntime
 
