@@ -20,6 +20,7 @@ from kdcore.config import Config, MethodConfig, MethodRunConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
+from kdcore.state_files import load_strictly
 
 A = TypeVar("A", bound=MethodConfig)
 Section = dict[str, Any]
@@ -188,7 +189,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
 
     def from_checkpoint(context: RunContext) -> Artefacts:
         network = networks.build(networks.without_initialisation(model), field)
-        networks.load(network, section["checkpoint"], f"{field}.checkpoint")
+        load_strictly(network, section["checkpoint"], f"{field}.checkpoint")
         if context.is_main:
             saver(config, model)(network, {"classes": networks.class_names(network)}, context.folder / target)
         context.accelerator.wait_for_everyone()
@@ -239,7 +240,7 @@ def check(config: Run, distiller: Section) -> None:
             network = networks.build(networks.without_initialisation(teacher_model(name, section)), field)
             detector.check_classes(student, network, field)
             if section.get("checkpoint"):
-                networks.load(network, section["checkpoint"], f"{field}.checkpoint")
+                load_strictly(network, section["checkpoint"], f"{field}.checkpoint")
             teachers[name] = freeze(network)
         detector.make_distiller(distiller, student, teachers)
         for field in ("train_dataloader", "test_dataloader"):

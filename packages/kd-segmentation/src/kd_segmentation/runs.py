@@ -20,6 +20,7 @@ from kdcore.config import Config, MethodConfig, MethodRunConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
+from kdcore.state_files import load_strictly
 
 A = TypeVar("A", bound=MethodConfig)
 Section = dict[str, Any]
@@ -221,7 +222,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
 
     def from_checkpoint(context: RunContext) -> Artefacts:
         network = networks.build(networks.without_initialisation(stock_model(config, model)), field)
-        meta = networks.load(network, section["checkpoint"], f"{field}.checkpoint")
+        meta = load_strictly(network, section["checkpoint"], f"{field}.checkpoint")
         if context.is_main:
             networks.save(
                 context.folder / target,
@@ -284,7 +285,7 @@ def check(config: Run, distiller: Section) -> None:
             if config.model.get("same_classes", True):
                 segmentor.check_classes(student, network, field)
             if section.get("checkpoint"):
-                networks.load(network, section["checkpoint"], f"{field}.checkpoint")
+                load_strictly(network, section["checkpoint"], f"{field}.checkpoint")
             teachers[name] = networks.Teacher(network)
         segmentor.make_distiller(distiller, student, teachers)
         data = check_dataset(config.train_dataloader["dataset"], "train_dataloader.dataset")

@@ -13,7 +13,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from kdcore.errors import InputError
 
 PREFIX = "step-"
-TRAINER_PREFIX = "checkpoint-"  # of transformers' Trainer, where a stage runs it: other files, the same manifest
+TRAINER_PREFIX = "checkpoint-"  # of another framework's trainer, where a stage runs it: other files, the same manifest
 
 
 @dataclass
@@ -68,11 +68,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
 
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint. Raises InputError that names the broken file, and the newest older one that is good."""
-    problem = fault(path)
-    if problem:
-        good = [older for older in checkpoints(path.parent) if older.name < path.name and not fault(older)]
-        hint = f"; {good[-1].name} is good: remove {path.name} to go on from it" if good else "; no older one is good"
-        raise InputError(f"checkpoint {path}: {problem}{hint}")
+    check(path, [older for older in checkpoints(path.parent) if older.name < path.name])
     best = path / "best.safetensors"
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
@@ -84,6 +80,36 @@ def load(path: Path) -> Checkpoint:
         state=state,
         best=load_file(best) if best.is_file() else None,
     )
+
+
+def check(path: Path, older: Sequence[Path]) -> None:
+    """Raises InputError where a checkpoint is damaged, with the newest of the `older` ones that is good."""
+    problem = fault(path)
+    if problem:
+        good = [one for one in older if not fault(one)]
+        hint = f"; {good[-1].name} is good: remove {path.name} to go on from it" if good else "; no older one is good"
+        raise InputError(f"checkpoint {path}: {problem}{hint}")
+
+
+def save_trainer_state(folder: Path, state: Mapping[str, Any], step: int, name: str) -> Path:
+    """Writes `folder/checkpoint-N/<name>` with its manifest atomically and returns the checkpoint: another framework's
+    state in its own file, of tensors and plain values. Older checkpoints stay."""
+    final = folder / f"{TRAINER_PREFIX}{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    torch.save(state, temporary / name)
+    sync(temporary / name)
+    manifest = {"step": step, "files": {name: sha256(temporary / name)}}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    return final
+
+
+def trainer_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of another framework's trainer in a folder, oldest first where `save_trainer_state` made them."""
+    return sorted(path for path in folder.glob(f"{TRAINER_PREFIX}*") if path.is_dir())
 
 
 def checkpoints(folder: Path) -> list[Path]:

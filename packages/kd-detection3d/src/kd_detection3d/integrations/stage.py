@@ -28,8 +28,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 
 from kd_detection3d.integrations.datasets import checked
-from kd_detection3d.integrations.hooks import saved_checkpoints, unwrapped
-from kdcore.checkpoint import fault
+from kd_detection3d.integrations.hooks import unwrapped
+from kdcore.checkpoint import fault, trainer_checkpoints
 from kdcore.errors import InputError
 from kdcore.stages import Artefacts, RunContext, forget_lines_after, replace_folder, stage_seed
 from kdcore.termlog import TermLog
@@ -122,7 +122,7 @@ def _resume_from(work: Path) -> Path | None:
     from kd_detection3d.integrations.hooks import STATE, check_checkpoint
 
     check_checkpoint(work)
-    found = saved_checkpoints(work)
+    found = trainer_checkpoints(work)
     return found[-1] / STATE if found else None
 
 
@@ -218,7 +218,7 @@ class RunHook(Hook):
         self._open = True
 
     def _last_good(self) -> Path | None:
-        return next((path for path in reversed(saved_checkpoints(self.work)) if not fault(path)), None)
+        return next((path for path in reversed(trainer_checkpoints(self.work)) if not fault(path)), None)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         step = runner.iter + 1

@@ -8,8 +8,6 @@ All work in a Runner of a user's own:
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +22,11 @@ from mmengine.registry import HOOKS
 
 from kd_segmentation import pictures
 from kd_segmentation.integrations import networks
-from kdcore.checkpoint import TRAINER_PREFIX, fault, rng_state, set_rng_state, sha256, sync
+from kdcore.checkpoint import check, rng_state, save_trainer_state, set_rng_state, trainer_checkpoints
 from kdcore.config import EMAConfig, parse
 from kdcore.ema import EMA
 from kdcore.errors import InputError, did_you_mean
+from kdcore.state_files import plain_state
 
 STATE = "state.pth"
 
@@ -38,11 +37,6 @@ def unwrapped(runner: Any) -> Any:
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def saved_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a work_dir, oldest first."""
-    return sorted(path for path in folder.glob(f"{TRAINER_PREFIX}*") if path.is_dir())
 
 
 @HOOKS.register_module()
@@ -91,18 +85,9 @@ class SafeCheckpointHook(Hook):
 def write_checkpoint(runner: Any, iteration: int, epoch: int, *, keep: int = 2) -> Path:
     """Writes the runner's state atomically and removes all but the newest `keep` checkpoints."""
     work = Path(runner.work_dir)
-    final = work / f"{TRAINER_PREFIX}{iteration:08d}"
-    temporary = work / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    torch.save(checkpoint_state(runner, iteration, epoch), temporary / STATE)
-    sync(temporary / STATE)
-    manifest = {"step": iteration, "files": {STATE: sha256(temporary / STATE)}}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    final = save_trainer_state(work, checkpoint_state(runner, iteration, epoch), iteration, STATE)
     (work / "last_checkpoint").write_text(str(final / STATE))
-    for old in saved_checkpoints(work)[:-keep]:
+    for old in trainer_checkpoints(work)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -131,30 +116,14 @@ def checkpoint_state(runner: Any, iteration: int, epoch: int) -> dict[str, Any]:
         "generators": rng_state(),
     }
     runner.call_hook("before_save_checkpoint", checkpoint=state)
-    return _keys_kept(state)
-
-
-def _keys_kept(value: Any, where: str = "checkpoint") -> Any:
-    """Plain values with the keys as they are: optimisers number their states."""
-    if isinstance(value, Mapping):
-        return {key: _keys_kept(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_keys_kept(item, where) for item in value)
-    return [_keys_kept(item, where) for item in value] if isinstance(value, list) else networks.plain(value, where)
+    return plain_state(state)
 
 
 def check_checkpoint(work: Path) -> None:
     """Raises InputError where the newest checkpoint of a work_dir is damaged, with the newest that is good."""
-    found = saved_checkpoints(work)
-    if not found:
-        return
-    problem = fault(found[-1])
-    if problem:
-        good = [path for path in found[:-1] if not fault(path)]
-        hint = (
-            f"; {good[-1].name} is good: remove {found[-1].name} to go on from it" if good else "; no older one is good"
-        )
-        raise InputError(f"checkpoint {found[-1]}: {problem}{hint}")
+    found = trainer_checkpoints(work)
+    if found:
+        check(found[-1], found[:-1])
 
 
 # ---------------------------------------------------------------- the student

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import pprint
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from kdcore.distiller import freeze
 from kdcore.errors import InputError
+from kdcore.state_files import load_strictly, plain
 
 CONFIG, WEIGHTS = "config.py", "model.pth"
 
@@ -38,44 +38,6 @@ def build(config: Mapping[str, Any], field: str) -> nn.Module:
         return MODELS.build(Config(dict(copy.deepcopy(dict(config))))._cfg_dict)
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError, FileNotFoundError) as error:
         raise InputError(f"{field}: the network cannot be built ({' '.join(str(error).split())})") from None
-
-
-def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
-    """`state_dict` and `meta` of a checkpoint with plain content, never running code from it."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"{field} = '{path}': no such file")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{field} = '{path}': holds more than tensors and plain values ({' '.join(str(error).split())[:200]}); "
-            "open it where you trust it and keep its state_dict: "
-            "torch.save({'state_dict': checkpoint['state_dict'], 'meta': {}}, path)"
-        ) from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{field} = '{path}': expected a state dict, or a checkpoint with one under 'state_dict'")
-    return {"state_dict": state, "meta": dict(loaded.get("meta") or {}) if "state_dict" in loaded else {}}
-
-
-def load(network: nn.Module, path: str | Path, field: str) -> dict[str, Any]:
-    """Loads a checkpoint strictly and returns its meta. Raises InputError with the first names that do not fit."""
-    checkpoint = read_checkpoint(path, field)
-    own = network.state_dict()
-    given = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
-    wrong = [name for name, value in given.items() if name in own and own[name].shape != value.shape]
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or extra or wrong:
-        problems = {"missing": missing, "unexpected": extra, "of another shape": wrong}
-        said = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
-        raise InputError(f"{field} = '{path}': does not fit {type(network).__name__}: {said}")
-    network.load_state_dict(given)
-    return checkpoint["meta"]
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def num_classes(network: nn.Module) -> int | None:
@@ -150,7 +112,7 @@ def build_teacher(config: Mapping[str, Any], field: str, student_preprocessor: M
             f"{field}.checkpoint: the teacher has no weights; give a checkpoint, or train it by `kd train`"
         )
     network = build(without_initialisation(model), field)
-    load(network, config["checkpoint"], f"{field}.checkpoint")
+    load_strictly(network, config["checkpoint"], f"{field}.checkpoint")
     return Teacher(network, student_preprocessor)
 
 
@@ -191,19 +153,6 @@ def without_initialisation(config: Any) -> Any:
 
 
 # ---------------------------------------------------------------- saving
-
-
-def plain(value: Any, where: str = "meta") -> Any:
-    """`value` with tensors, numbers, text, lists and mappings only; anything else raises InputError that names it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, where) for item in value]
-    if value is None or isinstance(value, str | int | float | bool | Tensor):
-        return value
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise InputError(f"{where}: a {type(value).__name__} is no plain value")
 
 
 def save(

@@ -28,6 +28,7 @@ from kd_segmentation.runs import (
 )
 from kdcore.errors import InputError
 from kdcore.stages import RunContext, Stage
+from kdcore.state_files import read_checkpoint
 
 if TYPE_CHECKING:
     from kd_segmentation.methods.gkd import GKDRun, RepresentationStage
@@ -151,7 +152,7 @@ def load_timm(vit: nn.Module, path: Path, field: str) -> None:
     """Loads a state dict, resampling patch embedding and positions to the network's geometry as timm does."""
     if not path.is_file():
         raise InputError(f"{field} = '{path}': no such file")
-    state = load_file(path) if path.suffix == ".safetensors" else networks.read_checkpoint(path, field)["state_dict"]
+    state = load_file(path) if path.suffix == ".safetensors" else read_checkpoint(path, field)["state_dict"]
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     state = convert(state, vit) if convert is not None else state
     try:

@@ -27,8 +27,8 @@ from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 
-from kd_segmentation.integrations.hooks import saved_checkpoints, unwrapped
-from kdcore.checkpoint import fault
+from kd_segmentation.integrations.hooks import unwrapped
+from kdcore.checkpoint import fault, trainer_checkpoints
 from kdcore.errors import InputError
 from kdcore.stages import Artefacts, RunContext, forget_lines_after, replace_folder, stage_seed
 from kdcore.termlog import TermLog
@@ -116,7 +116,7 @@ def _resume_from(work: Path) -> Path | None:
     from kd_segmentation.integrations.hooks import STATE, check_checkpoint
 
     check_checkpoint(work)
-    found = saved_checkpoints(work)
+    found = trainer_checkpoints(work)
     return found[-1] / STATE if found else None
 
 
@@ -212,7 +212,7 @@ class RunHook(Hook):
         self._open = True
 
     def _last_good(self) -> Path | None:
-        return next((path for path in reversed(saved_checkpoints(self.work)) if not fault(path)), None)
+        return next((path for path in reversed(trainer_checkpoints(self.work)) if not fault(path)), None)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         step = runner.iter + 1
