@@ -1,4 +1,4 @@
-"""A student sharded by FSDP2 over two CPU processes: loss and gradients of the whole one; a training, saved and resumed.
+"""A student sharded by FSDP2 over two CPU processes: loss and gradients of the whole one; a training and its resume.
 
 accelerate turns FSDP on for accelerators only, so the state it keeps is set by hand for the training.
 """
