@@ -257,7 +257,7 @@ def test_the_teacher_is_guided_away_from_the_negative(tiny_text_folder, in_fake)
         ({"random": "all"}, r"method_args\.random"),
         ({"negatives": {"terms": []}}, r"method_args\.negatives\.terms"),
         ({"negatives": {"terms": ["a"], "alpha_low": 2.0}}, "alpha_low = 2.0 must not be above"),
-        ({"negatives": {"terms": ["a"]}, "gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"fake": "noise", "gan": {}}, "a gan without an optimizer of its own"),
         ({"clip": {"tau": 2.0}}, r"method_args\.clip\.tau"),
     ],
 )

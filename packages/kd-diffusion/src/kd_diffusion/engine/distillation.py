@@ -20,6 +20,7 @@ from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.draws import Draws, Turn
 from kd_diffusion.engine.meter import NoiseLevelMeter
 from kd_diffusion.engine.process import EDM, add_noise, target
+from kd_diffusion.engine.recompute import enable_checkpointing
 from kd_diffusion.engine.rollout import Renoise, Start, rollout, start_noise
 from kd_diffusion.engine.score import dmd_weight, edm_weight, inject, weighted_error
 from kd_diffusion.engine.timesteps import TimesConfig, sample_times
@@ -107,8 +108,10 @@ class ScoreDistiller(Distiller):
         self._kept: dict[str, list[Sample]] = {}
         self._kept_at = -1
         if args.gradient_checkpointing:
-            for network in {id(d.network): d.network for d in (self.fake, self.generator, networks.teacher)}.values():
-                network.enable_gradient_checkpointing()
+            trunk = self.discriminator.trunk if self.discriminator is not None else None
+            for denoiser in (self.fake, self.generator, networks.teacher, trunk):
+                if denoiser is not None:
+                    enable_checkpointing(denoiser.network)
 
     def levels(self) -> list[float]:
         """Table indices of the generator's steps."""
@@ -134,8 +137,9 @@ class ScoreDistiller(Distiller):
 
     def players(self) -> list[Player]:
         args, discriminator = self.args, self.discriminator
-        shared = discriminator is not None and not self.discriminator_plays
-        learners = nn.ModuleList([self.fake, discriminator] if shared else [self.fake])
+        learners = nn.ModuleList([self.fake])
+        if discriminator is not None and not self.discriminator_plays:
+            learners.append(discriminator)
         players = {
             "generator": Player("generator", self.student, every=args.fake_updates, ema=self.ema),
             "fake": Player("fake", learners, optimizer=args.fake_optimizer),
@@ -277,13 +281,18 @@ class ScoreDistiller(Distiller):
 
     def fake_terms(self, sample: Sample, batch: dict[str, Any], draw: Turn) -> LossTerms:
         """Denoising of the generator's samples, and the discriminator's loss."""
-        x = sample.x
+        x, gan = sample.x, self.args.gan
         t = sample_times(self.args.fake_times, self.process, draw, len(x))
-        terms = LossTerms(denoising=(1.0, self.denoising_loss(x, draw.normal(x.shape), t, sample.condition)))
-        gan = self.args.gan
+        e = draw.normal(x.shape)
+        condition = self.denoising_condition(sample.condition, draw)
+        terms = LossTerms(denoising=(1.0, self.denoising_loss(x, e, t, condition)))
         if gan is not None and not self.discriminator_plays:
             terms["discriminator"] = (gan.weight_discriminator, self.discriminator_loss(sample, batch, draw))
         return terms
+
+    def denoising_condition(self, condition: Condition, draw: Turn) -> Condition:
+        """What the fake score is told about the samples that it denoises."""
+        return condition
 
     def denoising_loss(self, x: Tensor, e: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """mean lambda_t (prediction - target)^2: on x with lambda = s^-2 + sigma_data^-2 for EDM, else on the network's

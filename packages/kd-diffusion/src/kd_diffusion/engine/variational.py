@@ -6,21 +6,20 @@ L_L = mean a_t^2 (e_L - e)^2, at times with the empty prompt for the whole batch
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kd_diffusion.engine.conditions import Condition
-from kd_diffusion.engine.distillation import Networks, Sample, ScoreArgs, ScoreDistiller
+from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller
 from kd_diffusion.engine.draws import Turn
 from kd_diffusion.engine.lora import LoRAConfig
 from kd_diffusion.engine.process import add_noise, to_epsilon
 from kd_diffusion.engine.score import noise_weight, weighted_error
-from kd_diffusion.engine.timesteps import sample_times
 from kdcore.config import EMAConfig
-from kdcore.distiller import LossTerms, Player, freeze
+from kdcore.distiller import Player, freeze
 
 
 class VariationalArgs(ScoreArgs):
@@ -38,6 +37,12 @@ class VariationalArgs(ScoreArgs):
         description="adapters of fake: lora",
     )
     drop_prompt: float = Field(0.1, ge=0, le=1, description="probability of a batch of empty prompts for the fake")
+
+    @model_validator(mode="after")
+    def _trains_its_discriminator(self) -> VariationalArgs:
+        if self.fake == "noise" and self.gan is not None and self.gan.optimizer is None:
+            raise ValueError("has fake: noise, which does not train, and a gan without an optimizer of its own")
+        return self
 
 
 class VariationalDistiller(ScoreDistiller):
@@ -82,13 +87,10 @@ class VariationalDistiller(ScoreDistiller):
 
     # ------------------------------------------------------------ the fake score
 
-    def fake_terms(self, sample: Sample, batch: dict[str, Any], draw: Turn) -> LossTerms:
-        x, condition = sample.x, sample.condition
-        t = sample_times(self.args.fake_times, self.process, draw, len(x))
-        e = draw.normal(x.shape)
-        if draw.one_uniform() < self.args.drop_prompt:
-            condition = self.conditioner.null(len(x), self.device)
-        return LossTerms(denoising=(1.0, self.denoising_loss(x, e, t, condition)))
+    def denoising_condition(self, condition: Condition, draw: Turn) -> Condition:
+        """The empty prompt for the whole batch at times."""
+        count = len(next(iter(condition.values()), ()))
+        return self.conditioner.null(count, self.device) if draw.one_uniform() < self.args.drop_prompt else condition
 
     def denoising_loss(self, x: Tensor, e: Tensor, t: Tensor, condition: Condition) -> Tensor:
         x_t = add_noise(self.process, x, e, t)

@@ -86,8 +86,6 @@ class SnoopiConfig(VariationalArgs):
             raise ValueError(
                 f"guidance_low = {self.guidance_low} must not be above guidance_high = {self.guidance_high}"
             )
-        if self.gradient_checkpointing and self.negatives is not None and self.negatives.in_student:
-            raise ValueError("gradient_checkpointing: the backward pass would run without NASA; give false")
         return self
 
 
