@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -25,6 +22,7 @@ from kd_classification.methods.deit_lt import (
     tokens,
     two_logits,
 )
+from kd_classification.testing import stock_classifier
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
 from kdcore.method import arm_config, find_config, load_config
@@ -289,13 +287,8 @@ def test_clean_labels_and_no_teacher_run(tmp_path):
 @pytest.mark.slow
 def test_the_student_loads_where_kd_cannot_be_imported(tmp_path):
     run(tmp_path / "run")
-    code = (
-        "import sys\nsys.modules['kdcore'] = sys.modules['kd_classification'] = None\nimport timm, torch\n"
-        f"m = timm.create_model('local-dir:{tmp_path / 'run/student'}', pretrained=True).eval()\n"
-        "print(tuple(m(torch.zeros(2, 1, 8, 8)).shape), type(m).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 10) VisionTransformerDistilled"
+    opened = stock_classifier(tmp_path / "run/student", (1, 8, 8))
+    assert opened == ([2, 10], "VisionTransformerDistilled", ["Linear", "Linear"])
 
 
 @pytest.mark.parametrize(

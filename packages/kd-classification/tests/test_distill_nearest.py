@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,6 +40,7 @@ from kd_classification.methods.distill_nearest import (
     source_loss,
     source_weights,
 )
+from kd_classification.testing import stock_classifier
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
 from kdcore.method import arm_config, find_config, load_config
@@ -322,13 +321,8 @@ def test_the_best_suited_source_is_found_and_noise_is_not(tmp_path):
 @pytest.mark.slow
 def test_the_student_loads_where_kd_cannot_be_imported(tmp_path):
     run(tmp_path / "run", "method_args.supervised=1.0")
-    code = (
-        "import sys\nsys.modules['kdcore'] = sys.modules['kd_classification'] = None\nimport timm, torch\n"
-        f"m = timm.create_model('local-dir:{tmp_path / 'run/student'}', pretrained=True).eval()\n"
-        "print(tuple(m(torch.zeros(2, 1, 16, 16)).shape))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 10)"
+    opened = stock_classifier(tmp_path / "run/student", (1, 16, 16))
+    assert opened == ([2, 10], "ResNet", ["Linear"])
 
 
 @pytest.mark.parametrize(

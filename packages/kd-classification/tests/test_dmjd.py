@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from kd_classification.data import Batch, DataConfig, load_data
 from kd_classification.engine import masked_vit as mv
@@ -26,6 +25,7 @@ from kd_classification.methods.dmjd import (
     scaled_learning_rate,
     visible_loss,
 )
+from kd_classification.testing import check_stock_encoder
 from kdcore.compare import load_arms
 from kdcore.config import OptimizerConfig
 from kdcore.errors import InputError
@@ -154,6 +154,19 @@ def test_both_losses_by_hand():
     assert visible_loss(own, target, keep).item() == pytest.approx((0.25 + 0 + 0 + 2) / 4)
 
 
+def test_visible_patches_and_the_target_get_no_gradient():
+    torch.manual_seed(0)
+    prediction = torch.randn(2, 3, 8, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(3, 8, 5, dtype=torch.float64, requires_grad=True)
+    keep = torch.stack(disjoint_views(3, 8, 0.6))
+    hidden = hidden_of(keep, 8)
+    masked_loss(prediction, target, hidden).backward()
+    assert (prediction.grad[~hidden] == 0).all()
+    assert (prediction.grad[hidden] != 0).all()
+    visible_loss(prediction[:, :, : keep.shape[2]], target, keep).backward()
+    assert target.grad is None
+
+
 def test_gradients_by_finite_differences():
     torch.manual_seed(0)
     prediction, target = 3 * torch.randn(2, 2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
@@ -204,17 +217,30 @@ def test_each_loss_reaches_its_own_head():
     assert list(toy(theta=0.0).loss(x)) == ["masked"]
 
 
-def test_one_view_is_plain_masked_feature_prediction():
-    distiller, x = toy(views=1, theta=0.0, prediction=0.6), batch()
+@pytest.mark.parametrize("theta", [0.0, 0.7])
+def test_one_view_is_plain_masked_feature_prediction(theta):
+    distiller, x = toy(views=1, theta=theta, prediction=0.6), batch()
     torch.manual_seed(0)
     total = distiller.loss(x).total()
     torch.manual_seed(0)
-    keep = distiller.draw(x.images).keep[0]
+    keep, target = distiller.draw(x.images).keep[0], distiller.targets(x.images)
     encoded = distiller.student.norm(mv.encode(distiller.student, x.images, keep).tokens)
-    expected = masked_square_error(
-        distiller.decoder(encoded, keep), distiller.targets(x.images), mv.mask_of(keep, 16).hidden
-    )
-    torch.testing.assert_close(total, expected)
+    expected = masked_square_error(distiller.decoder(encoded, keep), target, mv.mask_of(keep, 16).hidden)
+    own = F.smooth_l1_loss(distiller.visible(encoded[:, 1:]), mv.gather_tokens(target, keep), beta=2.0)
+    torch.testing.assert_close(total, expected + theta * own)
+
+
+def test_without_theta_the_encoder_learns_from_the_hidden_patches_alone():
+    found = []
+    for theta in (0.0, 1.0):
+        distiller = toy(theta=theta)
+        torch.manual_seed(0)
+        masked = distiller.loss(batch())["masked"][1] if theta else distiller.loss(batch()).total()
+        parameters = [p for p in distiller.student.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(masked, parameters))
+        assert theta or all(p.grad is None for p in distiller.visible.parameters())
+    for plain, beside in zip(*found, strict=True):
+        torch.testing.assert_close(plain, beside, rtol=0, atol=0)
 
 
 def test_a_frozen_network_as_the_target():
@@ -315,11 +341,7 @@ def test_run_ships_a_stock_encoder(tmp_path, cache):
     for name in ("student/linear_probe", "student/knn", "student/finetune"):
         assert 0 <= metrics[name] <= 1
     assert 0 < metrics["student/target_fit"] < 1
-    weights = tmp_path / "run" / "student" / "model.safetensors"
-    student = timm.create_model(
-        config.student.name, num_classes=0, in_chans=1, checkpoint_path=str(weights), **config.student.args
-    )
-    assert set(load_file(weights)) == set(student.state_dict())
+    check_stock_encoder(tmp_path / "run" / "student", config.student)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     stages = {line["stage"]: list(line["terms"]) for line in lines if line.get("kind") == "train"}
     assert stages == {"student": ["masked", "visible"], "finetuned": ["ce"]}

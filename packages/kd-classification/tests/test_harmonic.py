@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -34,6 +32,7 @@ from kd_classification.heads import (
     with_harmonic_head,
 )
 from kd_classification.methods.harmonic import Harmonic, harmonic_loss, prototype_metrics, spectrum_metrics
+from kd_classification.testing import stock_classifier
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
 from kdcore.losses import soft_target_kl
@@ -389,13 +388,8 @@ def test_prototypes_come_to_lie_at_the_class_means(tmp_path):
 @pytest.mark.slow
 def test_the_export_loads_where_kd_cannot_be_imported(tmp_path):
     run(tmp_path / "run", "method_args.head=euclidean")
-    code = (
-        "import sys\nsys.modules['kdcore'] = sys.modules['kd_classification'] = None\nimport timm, torch\n"
-        f"m = timm.create_model('local-dir:{tmp_path / 'run/student'}', pretrained=True).eval()\n"
-        "print(tuple(m(torch.zeros(2, 1, 16, 16)).shape), type(m.fc).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 10) Linear"
+    opened = stock_classifier(tmp_path / "run/student", (1, 16, 16))
+    assert opened == ([2, 10], "ResNet", ["Linear"])
 
 
 @pytest.mark.parametrize(

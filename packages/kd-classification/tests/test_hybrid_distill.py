@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from kd_classification.data import Batch
 from kd_classification.engine import masked_vit as mv
@@ -24,6 +23,7 @@ from kd_classification.methods.hybrid_distill import (
     relation_loss,
     relations,
 )
+from kd_classification.testing import check_stock_encoder
 from kdcore.compare import load_arms
 from kdcore.errors import InputError
 from kdcore.method import load_config
@@ -322,11 +322,7 @@ def test_run_ships_a_stock_encoder_and_tells_how_it_attends(tmp_path, cache):
         assert 0 <= metrics[f"{name}/nmi"] <= 1
         assert metrics[f"{name}/attention_distance"] > 0
     assert metrics["student/nmi_gap"] == pytest.approx(abs(metrics["student/nmi"] - metrics["masked_teacher/nmi"]))
-    weights = tmp_path / "run" / "student" / "model.safetensors"
-    student = timm.create_model(
-        config.student.name, num_classes=0, in_chans=1, checkpoint_path=str(weights), **config.student.args
-    )
-    assert set(load_file(weights)) == set(student.state_dict())
+    check_stock_encoder(tmp_path / "run" / "student", config.student)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     stages = {line["stage"]: list(line["terms"]) for line in lines if line.get("kind") == "train"}
     assert stages == {

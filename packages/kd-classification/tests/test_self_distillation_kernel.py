@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -35,6 +33,7 @@ from kd_classification.methods.self_distillation_kernel import (
     norm_penalty,
     probability_error,
 )
+from kd_classification.testing import stock_classifier
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
 from kdcore.method import arm_config, find_config, load_config
@@ -408,13 +407,8 @@ def test_round_one_alone_is_the_baseline_and_the_best_round_can_ship(tmp_path):
 @pytest.mark.slow
 def test_the_student_loads_where_kd_cannot_be_imported(tmp_path):
     run(tmp_path / "run", "method_args.rounds=1")
-    code = (
-        "import sys\nsys.modules['kdcore'] = sys.modules['kd_classification'] = None\nimport timm, torch\n"
-        f"m = timm.create_model('local-dir:{tmp_path / 'run/student'}', pretrained=True).eval()\n"
-        "print(tuple(m(torch.zeros(2, 1, 16, 16)).shape))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 10)"
+    opened = stock_classifier(tmp_path / "run/student", (1, 16, 16))
+    assert opened == ([2, 10], "ResNet", ["Linear"])
 
 
 @pytest.mark.parametrize(
