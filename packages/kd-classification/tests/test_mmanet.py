@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -40,6 +38,7 @@ from kd_classification.methods.mmanet import (
     uncertainty_weights,
     weak_combinations,
 )
+from kd_classification.testing import run_without_kd
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
 from kdcore.losses import similarity_preserving
@@ -139,7 +138,15 @@ def test_regularisation_counts_matches_and_divides_by_all():
     weak = torch.zeros(7, dtype=torch.bool)
     weak[codes_of(torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0]]).bool())] = True
     rows = F.cross_entropy(logits, labels, reduction="none")
-    assert torch.allclose(masked_cross_entropy(logits, labels, weak[codes_of(masks)]), rows[:2].sum() / 4)
+    counted = weak[codes_of(masks)]
+    assert counted.tolist() == [True, True, False, False]
+    assert torch.allclose(masked_cross_entropy(logits, labels, counted), rows[:2].sum() / 4)
+    assert torch.allclose(masked_cross_entropy(logits, labels, counted, "matches"), rows[:2].mean())
+    none = torch.zeros(4, dtype=torch.bool)
+    assert all(masked_cross_entropy(logits, labels, none, how) == 0 for how in ("batch", "matches", "product"))
+    # the release multiplies losses (B,) by matches (B, 1, 1, 1): every loss with every match
+    broadcast = (rows * counted.view(4, 1, 1, 1)).sum() / 4
+    assert torch.allclose(masked_cross_entropy(logits, labels, counted, "product"), broadcast)
 
 
 # ---------------------------------------------------------------- masks and mining
@@ -195,6 +202,11 @@ def test_a_dropped_modality_is_a_missing_one_and_teaches_nothing():
     network(given.images, masks).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in network.encoders["b"].parameters())
     assert any(p.grad.any() for p in network.encoders["a"].parameters())
+    network.eval()  # batch statistics would couple the samples
+    images = {name: values.clone().requires_grad_() for name, values in given.images.items()}
+    network(images, torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 1], [0, 1, 0]]).bool()).square().sum().backward()
+    heard = {name: values.grad.flatten(1).abs().sum(1).bool().tolist() for name, values in images.items()}
+    assert heard == {"a": [True, True, False, False], "b": [False, True, False, True], "c": [True, True, True, False]}
     with pytest.raises(InputError, match="some of"):
         network({"x": given.images["a"]})
 
@@ -358,15 +370,13 @@ def test_a_run_works_with_every_combination(tmp_path):
 def test_an_encoder_loads_where_kd_cannot_be_imported(tmp_path):
     run(tmp_path / "run", "method_args.mad_weight=0", "method_args.mar_weight=0")
     code = (
-        "import sys\nsys.modules['kdcore'] = sys.modules['kd_classification'] = None\nimport timm, torch\n"
-        "from safetensors.torch import load_file\n"
+        "import timm, torch\nfrom safetensors.torch import load_file\n"
         "args = dict(layers=(1, 1, 1, 1), channels=(4, 4, 8, 8), stem_width=8)\n"
         "m = timm.create_model('resnet18', features_only=True, out_indices=(2,), in_chans=1, **args)\n"
-        f"m.load_state_dict(load_file('{tmp_path / 'run/student/encoders/top.safetensors'}'))\n"
-        "print(tuple(m(torch.zeros(2, 1, 16, 16))[0].shape))"
+        "m.load_state_dict(load_file(sys.argv[1]))\nprint(tuple(m(torch.zeros(2, 1, 16, 16))[0].shape))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 4, 2, 2)"
+    said = run_without_kd(code, str(tmp_path / "run/student/encoders/top.safetensors"))
+    assert said == "(2, 4, 2, 2)"
 
 
 @pytest.mark.parametrize(

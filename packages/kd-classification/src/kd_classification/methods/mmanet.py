@@ -15,49 +15,33 @@ on it. F: flattened last feature maps (B, D); p', F': the teacher's; rows of G a
 Mining, after the epochs 2 .. e0 - 1: for every combination c without one modality the frequencies of the predicted
 labels on held-out images, hist_c, and D_c += KL( softmax(hist_c) || softmax(hist_full) ). At e0 the weak set W is
 argmax_c D_c with all its subsets. Teacher frozen, in eval mode; the auxiliary trunk is dropped; the network ships.
-The release weights columns instead of rows in classification (`relation: column`), and mines on the test images.
+The release for classification weights columns instead of rows (`relation: column`), mines on the test images, and its
+L_MAR broadcasts samples against matches: the loss of all samples, times the number of matches (`regularise: product`).
+That for segmentation divides by the matches (`regularise: matches`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd_classification import __version__, runs
 from kd_classification import metrics as m
-from kd_classification.data import DataConfig
-from kd_classification.engine.multimodal import (
-    ModalityConfig,
-    MultiBatch,
-    MultiData,
-    MultiImages,
-    MultiModalNet,
-    codes_of,
-    combinations,
-    draw_masks,
-    load_modalities,
-    load_multimodal,
-    mask_name,
-    mean_accuracy,
-    predict_masked,
-    save_multimodal,
-)
-from kd_classification.models import ModelConfig
-from kd_classification.runs import TeacherConfig
-from kdcore.config import MethodConfig, MethodRunConfig
+from kd_classification import modalities
+from kd_classification.engine import multimodal as mm
+from kd_classification.engine.multimodal import MultiBatch, MultiData, MultiImages, MultiModalNet, combinations
+from kdcore.config import MethodConfig
 from kdcore.distiller import Distiller, LossTerms, freeze
 from kdcore.errors import InputError
 from kdcore.method import Method
-from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage, replace_folder
+from kdcore.stages import Artefacts, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
 Relation = Literal["row", "column", "uniform"]
+Regularise = Literal["batch", "matches", "product"]
 
 
 class MMANetConfig(MethodConfig):
@@ -66,19 +50,17 @@ class MMANetConfig(MethodConfig):
     relation: Relation = Field(
         "row", description="whom the uncertainties weight: rows, (release) columns, or uniform: similarity-preserving"
     )
+    regularise: Regularise = Field(
+        "batch",
+        description="what the loss of weak samples is divided by: the batch, (segmentation release) their number; "
+        "product (classification release): the mean loss of all samples, times the number of weak ones",
+    )
     warmup_epochs: int = Field(5, ge=0, description="e0, the last epoch with the labels alone, counted from 0")
     mining_start: int = Field(2, ge=0, description="first epoch after which the weak combination is looked for")
     fusion: Literal["concat", "add"] = Field("concat", description="how encoded modalities are put together")
 
 
-class MMANetRun(MethodRunConfig[MMANetConfig]):
-    """Teacher and student by a timm ResNet's name, data, and two or more modalities of it."""
-
-    teacher: TeacherConfig
-    student: ModelConfig
-    data: DataConfig = Field(default_factory=DataConfig)
-    modalities: list[ModalityConfig] = Field(min_length=2, description="modalities, in the order of the masks")
-    method_args: MMANetConfig = Field(default_factory=lambda: MMANetConfig.model_validate({}))
+MMANetRun = modalities.MultiModalRun[MMANetConfig]
 
 
 # ---------------------------------------------------------------- losses
@@ -121,10 +103,14 @@ def margin_aware(
     return (gap * (weights[:, None] if relation == "row" else weights[None, :])).sum()
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    """L_MAR: 1/B sum over the samples of bool (B,) `counted`; divided by all of them, not by the matches."""
+def masked_cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor, regularise: Regularise = "batch") -> Tensor:
+    """L_MAR: 1/B sum over the samples of bool (B,) `counted`; `matches` divides by their number, 0 where there is none;
+    `product` is 1/B sum over all samples, times that number."""
     rows = F.cross_entropy(logits, labels, reduction="none")
-    return (rows * counted.to(rows.dtype)).sum() / len(rows)
+    weak = counted.to(rows.dtype)
+    if regularise == "product":
+        return rows.mean() * weak.sum()
+    return (rows * weak).sum() / (len(rows) if regularise == "batch" else weak.sum().clamp_min(1))
 
 
 def histogram_distance(histogram: Tensor, full: Tensor) -> Tensor:
@@ -143,18 +129,7 @@ def weak_combinations(distances: Tensor, tested: Tensor) -> Tensor:
     return ~(combinations(tested.shape[1]) & ~weakest).any(dim=1)
 
 
-# ---------------------------------------------------------------- distillers
-
-
-class AllModalities(Distiller):
-    """How the teacher learns: cross-entropy with every modality."""
-
-    def __init__(self, student: MultiModalNet):
-        super().__init__()
-        self.student = student
-
-    def loss(self, batch: MultiBatch, player: str = "student") -> LossTerms:
-        return LossTerms(ce=(1.0, F.cross_entropy(self.student(batch.images), batch.labels)))
+# ---------------------------------------------------------------- the distiller
 
 
 class MMANet(Distiller):
@@ -170,6 +145,7 @@ class MMANet(Distiller):
         mad_weight: float = 30.0,
         mar_weight: float = 0.5,
         relation: Relation = "row",
+        regularise: Regularise = "batch",
         warmup_epochs: int = 5,
         mining_start: int = 2,
     ):
@@ -180,7 +156,8 @@ class MMANet(Distiller):
             raise InputError(f"mar_weight = {mar_weight}: needs held_out images to find the weak combination on")
         self.student, self.held_out = student, held_out
         self.teacher = None if teacher is None else freeze(teacher)
-        self.mad_weight, self.mar_weight, self.relation = mad_weight, mar_weight, relation
+        self.mad_weight, self.mar_weight = mad_weight, mar_weight
+        self.relation, self.regularise = relation, regularise
         self.warmup_epochs, self.mining_start = warmup_epochs, mining_start
         self.auxiliary = student.new_trunk() if mar_weight > 0 else None
         count = len(student.modalities)
@@ -195,7 +172,7 @@ class MMANet(Distiller):
         return self.progress.epoch > self.warmup_epochs
 
     def loss(self, batch: MultiBatch, player: str = "student") -> LossTerms:
-        masks = draw_masks(len(batch.labels), len(self.student.modalities), batch.labels.device)
+        masks = mm.draw_masks(len(batch.labels), len(self.student.modalities), batch.labels.device)
         return self.masked_loss(batch, masks)
 
     def masked_loss(self, batch: MultiBatch, masks: Tensor) -> LossTerms:
@@ -210,8 +187,8 @@ class MMANet(Distiller):
             terms["mad"] = (self.mad_weight, margin_aware(own.maps, other.maps, weights, relation=self.relation))
         if self.auxiliary is not None:
             # before e0 with weight 0, so that every parameter takes part from the first step on
-            counted = self.weak[codes_of(masks)]
-            term = masked_cross_entropy(self.auxiliary(own.fused)[1], batch.labels, counted)
+            logits, counted = self.auxiliary(own.fused)[1], self.weak[mm.codes_of(masks)]
+            term = masked_cross_entropy(logits, batch.labels, counted, self.regularise)
             terms["mar"] = (self.mar_weight if self.helping else 0.0, term)
         return terms
 
@@ -233,123 +210,36 @@ class MMANet(Distiller):
 
     def histogram(self, mask: Tensor) -> Tensor:
         """Frequencies (K,) of the predicted labels on the held-out images."""
-        answers = predict_masked(self.student, self.held_out, mask).argmax(dim=1)  # type: ignore[arg-type]
+        answers = mm.predict_masked(self.student, self.held_out, mask).argmax(dim=1)  # type: ignore[arg-type]
         return torch.bincount(answers, minlength=self.student.num_classes).double() / len(answers)
 
 
 # ---------------------------------------------------------------- stages
 
 
-def create_network(config: MMANetRun, model: ModelConfig, data: MultiData, *, field: str) -> MultiModalNet:
-    if model.checkpoint is not None:
-        network = load_multimodal(Path(model.checkpoint), field=field)
-        if network.settings["channels"] != data.channels or network.num_classes != data.data.num_classes:
-            raise InputError(f"{field}.checkpoint = {model.checkpoint}: other modalities or classes than the data's")
-        return network
-    options = {"args": model.args, "fusion": config.method_args.fusion, "pretrained": model.pretrained}
-    try:
-        return MultiModalNet(model.name, data.channels, data.data.num_classes, **options)
-    except InputError as error:
-        raise InputError(f"{field}.name: {error}") from None
-
-
-def setup_of(config: MMANetRun, distiller: Distiller, data: MultiData, train: Any) -> TrainSetup:
-    evaluate = None
-    if (held_out := data.validation) is not None:
-
-        def evaluate(network: nn.Module) -> dict[str, float]:
-            assert isinstance(network, MultiModalNet)
-            masks = combinations(len(network.modalities))[-1:] if isinstance(distiller, AllModalities) else None
-            return {"accuracy": mean_accuracy(network, held_out, masks)}
-
-    loader = data.train.loader(train.batch_size, seed=config.seed, train=True, num_workers=train.num_workers)
-    return TrainSetup(distiller, loader, evaluate)
-
-
-def teacher_stage(config: MMANetRun, data: MultiData) -> Stage:
-    train = config.teacher.train
-
-    def save(network: nn.Module, folder: Path) -> None:
-        save_multimodal(network, folder, data.data.class_names)  # type: ignore[arg-type]
-
-    if train is None:
-
-        def write(context: RunContext) -> Artefacts:
-            network = create_network(config, config.teacher, data, field="teacher")
-            target = context.folder / "teacher"
-            if context.is_main:
-                replace_folder(target, lambda folder: save(network, folder))
-            context.accelerator.wait_for_everyone()
-            return {"teacher": target}
-
-        return Procedure("teacher", write)
-
-    def build(context: RunContext) -> TrainSetup:
-        network = create_network(config, config.teacher, data, field="teacher")
-        return setup_of(config, AllModalities(network), data, train)
-
-    identity = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "mmanet": [config.method_args.fusion, [modality.model_dump(mode="json") for modality in config.modalities]],
-        "model": config.teacher.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
-        "seed": config.seed,
-    }
-    return CachedStage(TrainStage("teacher", train, build, save, artefact="teacher"), identity)
-
-
 def stages(config: MMANetRun, context: RunContext) -> list[Stage]:
-    data = load_modalities(config.data, config.modalities, config.seed)
+    data = mm.load_modalities(config.data, config.modalities, config.seed)
     check(config, data)
 
     def build(context: RunContext) -> TrainSetup:
         args = config.method_args.model_dump(exclude={"fusion"})
-        teacher = load_multimodal(context.artefacts["teacher"], field="teacher")
-        student = create_network(config, config.student, data, field="student")
+        teacher = mm.load_multimodal(context.artefacts["teacher"], field="teacher")
+        student = modalities.create_network(config, config.student, data, field="student")
         distiller = MMANet(teacher, student, held_out=data.validation, **args)
-        return setup_of(config, distiller, data, config.train)
+        return modalities.setup_of(config, distiller, data, config.train)
 
-    def save(network: nn.Module, folder: Path) -> None:
-        save_multimodal(network, folder, data.data.class_names)  # type: ignore[arg-type]
-
-    return [teacher_stage(config, data), TrainStage("student", config.train, build, save)]
+    student = TrainStage("student", config.train, build, modalities.save_to(data))
+    return [modalities.teacher_stage(config, data), student]
 
 
 def check(config: MMANetRun, data: MultiData) -> None:
     """What can be wrong with the config, before anything trains."""
-    args, augment = config.method_args, config.data.augment
-    if augment.mixup or augment.cutmix:
-        raise InputError("data.augment.mixup, cutmix: not for this method")
+    args, epochs = config.method_args, config.train.epochs
     if args.mar_weight > 0 and data.validation is None:
         raise InputError("data.validation: must be above 0, the weak combination is mined on held-out images")
-    epochs = config.train.epochs
     if (args.mad_weight or args.mar_weight) and epochs is not None and epochs <= args.warmup_epochs + 1:
         raise InputError(f"method_args.warmup_epochs = {args.warmup_epochs}: leaves nothing of train.epochs = {epochs}")
-    if config.teacher.cache is not None:
-        raise InputError("teacher.cache: not for this method, which needs the teacher's feature maps")
-    for field, model, train in (
-        ("teacher", config.teacher, config.teacher.train),
-        ("student", config.student, config.train),
-    ):
-        runs.check_monitor(train, data.data, "train" if field == "student" else "teacher.train", ["accuracy"])
-        if model.input_size or model.mean or model.std:
-            raise InputError(f"{field}.input_size, mean, std: not for this method; both networks see the same images")
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            network = create_network(config, model, data, field=field)
-            try:
-                network.eval()(data.test._batch([0]).images if _in_memory(data) else _blank(data))
-            except RuntimeError as error:
-                raise InputError(f"{field}: the network does not take these images ({error})") from None
-
-
-def _in_memory(data: MultiData) -> bool:
-    return all(images.transform is None for images in data.test.parts.values())
-
-
-def _blank(data: MultiData) -> dict[str, Tensor]:
-    size = data.data.image_size
-    return {name: torch.zeros(1, count, size, size) for name, count in data.channels.items()}
+    modalities.check(config, data)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -358,36 +248,31 @@ def _blank(data: MultiData) -> dict[str, Tensor]:
 def evaluate(config: MMANetRun, artefacts: Artefacts) -> dict[str, Any]:
     """Accuracy of every combination and their mean (student/accuracy), with all modalities the shared metrics; the gap
     between the relations of student and teacher; which combination mining would find, and how good it is."""
-    data = load_modalities(config.data, config.modalities, config.seed)
-    student, teacher = (load_multimodal(artefacts[name], field=name) for name in ("student", "teacher"))
+    data = mm.load_modalities(config.data, config.modalities, config.seed)
+    student, teacher = (mm.load_multimodal(artefacts[name], field=name) for name in ("student", "teacher"))
     masks, labels = combinations(len(student.modalities)), data.test.labels
-    result: dict[str, Any] = {}
-    logits = [predict_masked(student, data.test, mask) for mask in masks]
-    result["student/accuracy"] = mean_of([m.classification_metrics(z, labels)["accuracy"] for z in logits])
-    result["student/balanced_accuracy"] = mean_of(
-        [m.classification_metrics(z, labels)["balanced_accuracy"] for z in logits]
-    )
-    for mask, z in zip(masks, logits, strict=True):
-        result[f"accuracy/{mask_name(mask)}"] = m.classification_metrics(z, labels)["accuracy"]
-    result.update(m.prefixed("full", m.classification_metrics(logits[-1], labels)))
-    full = predict_masked(teacher, data.test, masks[-1])
+    logits = [mm.predict_masked(student, data.test, mask) for mask in masks]
+    found = [m.classification_metrics(z, labels) for z in logits]
+    result: dict[str, Any] = {
+        f"student/{name}": sum(one[name] for one in found) / len(found) for name in ("accuracy", "balanced_accuracy")
+    }
+    for mask, one in zip(masks, found, strict=True):
+        result[f"accuracy/{mm.mask_name(mask)}"] = one["accuracy"]
+    result.update(m.prefixed("full", found[-1]))
+    full = mm.predict_masked(teacher, data.test, masks[-1])
     result.update(m.prefixed("teacher", m.classification_metrics(full, labels)))
     result["relation_gap"] = relation_gap(student, teacher, data.test, masks)
     result["student/parameters"] = sum(parameter.numel() for parameter in student.parameters())
     if data.validation is not None:
         miner = MMANet(None, student, held_out=data.validation, mad_weight=0.0)
         weakest = miner.tested[int(miner.mined().argmax())]
-        ranked = sorted(result[f"accuracy/{mask_name(mask)}"] for mask in miner.tested)
-        result["weakest_rank"] = float(ranked.index(result[f"accuracy/{mask_name(weakest)}"]))
+        ranked = sorted(result[f"accuracy/{mm.mask_name(mask)}"] for mask in miner.tested)
+        result["weakest_rank"] = float(ranked.index(result[f"accuracy/{mm.mask_name(weakest)}"]))
     return {
         **result,
         "confusion_matrix": m.confusion_matrix(logits[-1], labels),
         "class_names": data.data.class_names,
     }
-
-
-def mean_of(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 @torch.no_grad()
@@ -400,25 +285,4 @@ def relation_gap(student: MultiModalNet, teacher: MultiModalNet, images: MultiIm
     return float(torch.stack(gaps).mean())
 
 
-def predict(config: MMANetRun, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
-    """Test samples by their first modality, with the answers of the student and the teacher given all modalities."""
-    data = load_modalities(config.data, config.modalities, config.seed)
-    images = next(iter(data.test.parts.values()))
-    answers = {}
-    for name in ("student", "teacher"):
-        network = load_multimodal(artefacts[name], field=name)
-        answers[name] = predict_masked(network, data.test, combinations(len(network.modalities))[-1]).softmax(dim=1)
-    wrong = answers["student"].argmax(1) != data.test.labels
-    order = torch.argsort(wrong, descending=True, stable=True).tolist()
-    half = min(count // 2, int(wrong.sum()))
-    samples, names = [], data.data.class_names
-    for index in [*order[:half], *order[int(wrong.sum()) :][: count - half]]:
-        said = {
-            name: {"label": names[int(p[index].argmax())], "probability": float(p[index].max())}
-            for name, p in answers.items()
-        }
-        samples.append({"image": runs.picture(images, index), "truth": names[int(data.test.labels[index])], **said})
-    return samples
-
-
-METHOD = Method("mmanet", __doc__ or "", MMANetRun, stages, evaluate, predict)
+METHOD = Method("mmanet", __doc__ or "", MMANetRun, stages, evaluate, modalities.predict)
