@@ -153,6 +153,29 @@ def test_tuple_outputs(net):
         net(X)
 
 
+def test_inputs_of_modules(net):
+    x = torch.randn(4, 2)
+    with FeatureTap(
+        net, {"in": "layer1.1:input", "out": "layer1.0", "model": ":input", "state": "layer2.0:input"}
+    ) as tap:
+        net(x=x)  # also by keyword
+    assert tap["in"] is tap["out"]
+    assert tap["model"] is x
+    assert torch.equal(tap["state"], tap["out"].relu())
+    pair = nn.Sequential(Two(), nn.Identity())
+    with (
+        pytest.raises(InputError, match=r"tap 'pair': module '1:input' \(Identity\) was given a tuple, .*index="),
+        FeatureTap(pair, {"pair": "1:input"}),
+    ):
+        pair(torch.zeros(2, 3))
+    with FeatureTap(pair, {"pair": "1:input"}, index=0, detach=True) as tap:
+        pair(torch.zeros(2, 3))
+    assert tap["pair"].shape == (2, 3)
+    assert not tap["pair"].requires_grad
+    with pytest.raises(InputError, match=r"no module 'layer1.2'; did you mean"):
+        FeatureTap(net, {"in": "layer1.2:input"})
+
+
 def test_a_tap_never_reached_is_named(net):
     with FeatureTap(net, {"ghost": "unused", "mid": "layer1"}) as tap:
         net(X)

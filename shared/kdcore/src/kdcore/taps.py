@@ -1,4 +1,4 @@
-"""FeatureTap: read the outputs of named modules while a model runs, without changing the model.
+"""FeatureTap: read the outputs or inputs of named modules while a model runs, without changing the model.
 
     with FeatureTap(model, {"mid": "layer2.0"}) as tap:
         logits = model(images)
@@ -20,18 +20,21 @@ from torch.utils.hooks import RemovableHandle
 from kdcore.errors import InputError, did_you_mean
 
 Select = Callable[[Any], Any]
+INPUT = ":input"  # after a module's name: its first argument in the place of its output
 
 
 class FeatureTap:
-    """Context manager that holds the latest output of some named sub-modules.
+    """Context manager that holds the latest output of some named sub-modules, or what they were given.
 
     module: the model; names are those of `module.named_modules()` ("" is the model itself). Under DDP or another
         wrapper give the wrapped model, or the wrapper's own names.
-    names: {alias: module name}, or an iterable of module names, which are then their own aliases.
+    names: {alias: module name}, or an iterable of module names, which are then their own aliases. "layer4:input" is the
+        first argument of `layer4` in the place of its output, as it is when the call ends: a module that writes into
+        its argument has changed it.
     detach: hold values without their graph (for a frozen teacher outside no_grad).
-    index: the element to keep of modules that return a tuple or list; a tensor output is kept whole.
-    select: a function from the module's output to the tensor to keep, or {alias: function} for some of the taps
-        (the others keep the output as it is). `index` and `select` exclude each other.
+    index: the element to keep of a tuple or list; a tensor is kept whole.
+    select: a function from the module's output (or input) to the tensor to keep, or {alias: function} for some of the
+        taps (the others keep it as it is). `index` and `select` exclude each other.
 
     Hooks exist only inside `with`, also when the block raises. Values stay readable after the block and are cleared
     when the tap is entered again (or by `clear`), and when the block raised. A module called several times keeps its
@@ -76,7 +79,7 @@ class FeatureTap:
         self._values.clear()
         if self._depth == 0:
             for alias, module in self._modules.items():
-                self._handles.append(module.register_forward_hook(self._hook(alias)))
+                self._handles.append(module.register_forward_hook(self._hook(alias), with_kwargs=True))
         self._depth += 1
         return self
 
@@ -114,11 +117,13 @@ class FeatureTap:
     def _hook(self, alias: str) -> Callable[[nn.Module, Any, Any], None]:
         select, values, detach, name = self._selects.get(alias), self._values, self.detach, self.names[alias]
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            value = output if select is None else select(output)
+        def keep(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            found = next(iter((*args, *kwargs.values())), None) if name.endswith(INPUT) else output
+            value = found if select is None else select(found)
             if not isinstance(value, Tensor):
+                given = "was given" if name.endswith(INPUT) else "gave"
                 raise InputError(
-                    f"tap {alias!r}: module {name!r} ({type(module).__name__}) gave a {type(value).__name__}, "
+                    f"tap {alias!r}: module {name!r} ({type(module).__name__}) {given} a {type(value).__name__}, "
                     "not a tensor; pick one with index= or select="
                 )
             values[alias] = value.detach() if detach else value
@@ -128,10 +133,11 @@ class FeatureTap:
 
 def _find(module: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Module]:
     known = dict(module.named_modules(remove_duplicate=False))
-    for alias, name in names.items():
+    plain = {alias: name.removesuffix(INPUT) for alias, name in names.items()}
+    for alias, name in plain.items():
         if name not in known:
             raise InputError(f"tap {alias!r}: {type(module).__name__} has no module {name!r}{_near(name, known)}")
-    return {alias: known[name] for alias, name in names.items()}
+    return {alias: known[name] for alias, name in plain.items()}
 
 
 def _near(name: str, known: Iterable[str]) -> str:
