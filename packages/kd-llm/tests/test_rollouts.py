@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_llm.engine.onpolicy import IGNORE, OnPolicy, OnPolicyConfig, prompts_of, with_responses
+from kd_llm.engine.onpolicy import IGNORE, OnPolicy, OnPolicyConfig, prompts_of, with_responses, with_targets
 from kd_llm.engine.rollouts import (
     HFRollouts,
     Rollout,
@@ -192,6 +192,125 @@ def test_bad_input_is_named():
         rollouts.generate(model, PROMPTS, 1, sampling, 0)
 
 
+# ---------------------------------------------------------------- encoder-decoders
+
+
+def encoder_decoder(kind: str, seed: int = 0):
+    """A T5 (relative positions) or a BART (absolute ones), and its tokenizer's special tokens."""
+    from kd_llm.testing import tiny_model as any_model
+
+    model = any_model(kind, seed=seed)
+    return model, SimpleNamespace(eos_token_id=model.config.eos_token_id, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_answers_what_its_encoder_reads(kind):
+    """The tokens' probabilities are those of a training's forward pass, however the prompts are padded."""
+    model, special = encoder_decoder(kind)
+    model.train()
+    prompts, sampling = [torch.tensor([4, 5]), torch.tensor([6, 7, 8, 9, 10])], Sampling(max_new_tokens=7, top_k=40)
+    together = HFRollouts(special).generate(model, prompts, 6, sampling, seed=5)
+    alone = HFRollouts(special, batch_size=1).generate(model, prompts, 6, sampling, seed=5)
+    assert model.training
+    model.eval()
+    for number, (a, b) in enumerate(zip(together, alone, strict=True)):
+        assert torch.equal(a.ids, b.ids)
+        assert a.ids[: a.completion_start].tolist() == prompts[number // 6].tolist()
+        with torch.no_grad():
+            start = model.prepare_decoder_input_ids_from_labels(labels=a.completion[None])
+            logits = model(input_ids=prompts[number // 6][None], decoder_input_ids=start).logits[0]
+        expected = filtered_probabilities(logits, sampling).gather(1, a.completion[:, None]).log().squeeze(1).float()
+        torch.testing.assert_close(a.logp, expected, rtol=1e-4, atol=1e-4)
+        assert a.finished == (a.completion[-1].item() == special.eos_token_id)
+    assert len({len(a.logp) for a in together}) > 1
+    assert len({tuple(a.completion.tolist()) for a in together}) > 6
+
+
+def test_what_an_encoder_decoder_cannot_sample_is_named():
+    model, special = encoder_decoder("bart")
+    with pytest.raises(InputError, match="64 positions each"):
+        HFRollouts(special).generate(model, [torch.tensor([4])], 1, Sampling(max_new_tokens=65), 0)
+    made = HFRollouts(special).generate(model, [torch.full((60,), 4)], 1, Sampling(max_new_tokens=10), 0)
+    assert len(made) == 1  # the two together are more, and need not fit
+    model.config.decoder_start_token_id = None
+    with pytest.raises(InputError, match="bart has no decoder_start_token_id"):
+        HFRollouts(special).generate(model, [torch.tensor([4])], 1, Sampling(max_new_tokens=5), 0)
+
+
+def test_responses_become_the_targets_of_a_decoder_and_its_inputs_stay():
+    batch = {
+        "input_ids": torch.tensor([[4, 5, 0], [6, 7, 8]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "labels": torch.tensor([[9, 1], [9, 1]]),
+        "decoder_input_ids": torch.zeros(2, 2, dtype=torch.int64),
+        "kd_weight": torch.tensor([1.0, 2.0]),
+    }
+    model, _ = encoder_decoder("t5")
+    echo = Echo()
+    (made,) = OnPolicy(echo, OnPolicyConfig(), seed=0, pad=PAD)(model, [batch], 0)
+    assert echo.calls[0][0] == 2
+    assert made["labels"].tolist() == [[5, 4, -100], [8, 7, 6]]
+    assert "decoder_input_ids" not in made
+    assert all(made[key] is batch[key] for key in ("input_ids", "attention_mask", "kd_weight"))
+    assert batch["labels"].tolist() == [[9, 1], [9, 1]]
+    with pytest.raises(InputError, match="spans"):
+        OnPolicy(echo, OnPolicyConfig(), seed=0, pad=PAD)(model, [{**batch, "spans": batch["labels"]}], 0)
+    short = with_targets(batch, [Rollout(torch.tensor([4, 5, 2]), 2, torch.zeros(1), False)] * 2)
+    assert short["labels"].tolist() == [[2], [2]]
+
+
+def test_on_policy_training_of_an_encoder_decoder(tmp_path):
+    """A step's loss is the reverse KL on the responses that the student gives before it; equal runs are equal."""
+    from transformers import TrainingArguments
+
+    from kd_llm.engine.objective import DivergenceArgs, TokenObjective
+    from kd_llm.engine.teachers import LocalTeacher
+    from kd_llm.integrations.trainer import DistillTrainer
+    from kd_llm.testing import collate
+
+    rows = [{"input_ids": [4 + i, 9, 12][: 1 + i % 3], "labels": [5, 1], "example": i} for i in range(8)]
+
+    def batches(some):
+        batch = collate([{**row, "labels": row["input_ids"]} for row in some])
+        return {**batch, "labels": torch.tensor([row["labels"] for row in some])}
+
+    found = []
+    for name in ("a", "b"):
+        student, special = encoder_decoder("t5", seed=1)
+        teacher, losses = encoder_decoder("t5", seed=2)[0], []
+        mixing = OnPolicy(HFRollouts(special), OnPolicyConfig(sampling=Sampling(max_new_tokens=4)), seed=3, pad=PAD)
+
+        def hook(model, window, step, mixing=mixing, teacher=teacher, losses=losses):
+            window = mixing(model, window, step)
+            assert any(batch["labels"].shape != (2, 2) for batch in window)
+            total, tokens = 0.0, 0
+            for batch in window:
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+                with torch.no_grad():
+                    z, t = (m(**inputs).logits.log_softmax(-1)[batch["labels"] != IGNORE] for m in (model, teacher))
+                total, tokens = total + float((z.exp() * (z - t)).sum()), tokens + len(z)
+            losses.append(total / tokens)
+            return window
+
+        args = TrainingArguments(
+            str(tmp_path / name), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            logging_steps=1, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        objective = TokenObjective(LocalTeacher(teacher), DivergenceArgs(divergence="reverse"))
+        student.config.dropout_rate = 0.0
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = DistillTrainer(
+            student, args, objective=objective, train_dataset=rows, data_collator=batches, window_hook=hook
+        )
+        trainer.train()
+        logged = [line["term/soft"] for line in trainer.state.log_history if "term/soft" in line]
+        assert logged == pytest.approx(losses, rel=1e-4)
+        found.append(student.state_dict())
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 # ---------------------------------------------------------------- vLLM
 
 
@@ -239,6 +358,9 @@ def test_vllm_rollouts_and_weights(monkeypatch):
     assert made[0].logp.tolist() == [-0.5, -0.5]
     assert made[0].finished
     assert len(set(rollouts.llm.seeds)) == 6
+
+    with pytest.raises(InputError, match="vllm serves no t5"):
+        rollouts.generate(encoder_decoder("t5")[0], PROMPTS, 1, Sampling(), seed=1)
 
     base = tiny_model()
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))

@@ -214,6 +214,38 @@ def test_solved_problems_are_counted(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_encoder_decoder_learns_from_its_own_texts_and_the_teachers(tmp_path):
+    from transformers import AutoModelForSeq2SeqLM
+
+    path = tmp_path / "x.jsonl"
+    rows = [{"prompt": f"turn {i % 7} {i % 5}", "completion": f"{i % 5} {i % 7} turned"} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    t5 = {"model_type": "t5", "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}
+    values = {
+        "task": "seq2seq",
+        "tokenizer": {"vocab_size": 300},
+        "data": {"name": "jsonl", "root": str(path), "length": 24},
+        "teacher.config": t5,
+        "student": {"cut": {"layers": 1}},
+        "method_args": {
+            "lmbda": 0.5,
+            "sampling": {"max_new_tokens": 6},
+            "sequence": {"count": 40, "sampling": {"temperature": 0.0, "max_new_tokens": 6}},
+        },
+        "train.log_every": 1,
+        "train.accumulation": 4,
+    }
+    run.train(METHOD, tiny(**values), tmp_path / "run", quiet=True, cpu=True)
+    read = read_rows(tmp_path / "run" / "teacher_texts.jsonl", encoder_decoder=True)
+    assert len(read) == 40
+    assert all(len(row["input_ids"]) == row["prompt_length"] and 1 <= len(row["labels"]) <= 6 for row in read)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["rollout/share"] for line in lines if "rollout/share" in line]
+    assert 0 < sum(shares) < len(shares)
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "student")
+
+
+@pytest.mark.slow
 def test_a_classifier_learns_from_a_classifier(tmp_path):
     rows = [{"text": f"{'good fine' if i % 2 else 'bad poor'} number {i}", "label": i % 2} for i in range(120)]
     path = tmp_path / "x.jsonl"
@@ -260,7 +292,11 @@ def test_bad_configs_are_named(changes, message):
     ("changes", "message"),
     [
         ({"data.packing": True}, r"method_args\.lmbda: the texts are written anew; set data\.packing to false"),
-        ({"task": "masked"}, r"method_args\.lmbda: only for decoders; task = 'masked'"),
+        ({"task": "masked"}, r"method_args\.lmbda: only for models that write texts; task = 'masked'"),
+        (
+            {"task": "masked", "method_args.lmbda": 0.0, "teacher.cache": "x"},
+            r"teacher\.cache: the masked tokens are drawn",
+        ),
         ({"teacher.cache": "x"}, r"teacher\.cache: it has the texts of the data alone; not with method_args\.lmbda"),
         ({"task": "classification", "method_args.lmbda": 0.0}, "has no labels"),
         ({"train.monitor": "perplexety"}, r"train\.monitor = 'perplexety': not a metric; did you mean 'perplexity'"),

@@ -271,6 +271,8 @@ def test_clear_refusals(tmp_path):
         make(tmp_path, student, tiny_model("bert"))
     with pytest.raises(InputError, match="label_smoothing_factor"):
         make(tmp_path, student, student, label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="give processing_class too"):
+        make(tmp_path, student, tiny_model("llama"), kwargs={"teacher_processing_class": Vocabulary(61)})
     with pytest.raises(InputError, match=r"model\.model\.compile"):
         make(tmp_path, student, student, torch_compile=True)
 
@@ -299,6 +301,24 @@ def test_padded_vocabularies_are_cut_to_what_both_have(tmp_path):
     labels = batch["labels"][:, 1:][mask[:, :-1]]
     expected = on_logits(z, t, Divergence()).mean() + 0.5 * F.cross_entropy(z, labels)
     assert trainer.compute_loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_damaged_checkpoint_names_the_newest_good_one_before_it(tmp_path):
+    """By step, not by name: 8 comes before 10; what is newer does not count."""
+    teacher = tiny_model("llama", width=24, seed=2)
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
+    make(tmp_path, tiny_model("llama"), teacher, **options).train()
+    file = tmp_path / "checkpoint-10" / "objective.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    (tmp_path / "checkpoint-old").mkdir()
+    trainer = make(tmp_path, tiny_model("llama"), teacher, **options)
+    with pytest.raises(InputError, match=r"objective.pt is corrupt.*checkpoint-8 is good: remove checkpoint-10"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+    (tmp_path / "checkpoint-2" / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest.json is missing or unreadable; no older one is good"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(InputError, match="no such folder"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_a_batch_without_labels_has_a_gradient_of_zero(tmp_path):

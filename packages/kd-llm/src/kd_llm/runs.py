@@ -85,6 +85,8 @@ def prepare(config: Run) -> Prepared:
         raise InputError(f"data.packing: only for decoders; task = '{config.task}'")
     if config.data.packing and config.teacher.cache is not None:
         raise InputError("teacher.cache: its entries are single texts; set data.packing to false")
+    if config.task == "masked" and config.teacher.cache is not None:
+        raise InputError("teacher.cache: the masked tokens are drawn anew in every batch; leave it out")
     for name, train in (("teacher.train", config.teacher.train), ("train", config.train)):
         _check_monitor(train, config, data, name)
     return Prepared(config, data)
@@ -276,8 +278,8 @@ def write_cache(config: Run, folder: Path, *, k: int = 64) -> dict[str, Any]:
     prepared = prepare(config)
     if config.teacher.pretrained is None:
         raise InputError("teacher.train: `kd cache` needs a teacher with weights; give teacher.pretrained")
-    if config.task == "classification":
-        raise InputError("task = 'classification': `kd cache` keeps distributions of tokens")
+    if config.task in ("classification", "masked"):
+        raise InputError(f"task = '{config.task}': `kd cache` keeps distributions of the same tokens in every epoch")
     source = tokenizer_source(config)
     assert source is not None  # a pretrained teacher is one
     prepared._tokenizer = tokenizer = open_tokenizer(source, revision=tokenizer_revision(config))

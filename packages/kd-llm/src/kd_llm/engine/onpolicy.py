@@ -3,7 +3,8 @@ arXiv 2306.13649, algorithm 1).
 
 Of the micro-batches of optimiser step s, number j is on-policy when u(seed, s, j) < lmbda; all processes agree. The
 prompts of all of them are answered in one `generate` call per step, by the student as it is before the step, and the
-responses replace those of the data set. The responses are data: nothing is differentiated through the sampling.
+responses replace those of the data set. The responses are data: nothing is differentiated through the sampling. An
+encoder-decoder's prompt is what its encoder reads, which stays; the response becomes the decoder's target.
 
 Use in a trainer, which calls it with the window of micro-batches of one optimiser step and counts the predicted
 tokens after it (`DistillTrainer(..., window_hook=mixing)`):
@@ -24,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kd_llm.engine.rollouts import Rollout, Rollouts, Sampling
+from kd_llm.engine.rows import is_encoder_decoder
 from kdcore.config import Config
 from kdcore.data import mix
 from kdcore.errors import InputError
@@ -32,6 +34,7 @@ IGNORE = -100
 Batch = dict[str, Tensor]
 REBUILT = ("input_ids", "attention_mask", "labels")
 PER_TOKEN = ("position_ids", "token_type_ids", "spans")  # they describe responses that are gone
+OF_DECODER = ("decoder_input_ids", "decoder_attention_mask")  # made anew from the labels
 
 
 class OnPolicyConfig(Config):
@@ -60,7 +63,8 @@ class OnPolicy:
         """The window with the responses of its on-policy batches replaced. `model` is the unwrapped student.
 
         Batches have input_ids, attention_mask and labels (B, S), labels unshifted and -100 outside the response. A
-        row without labels is a prompt as a whole. Further keys, as `kd_weight` and `example`, are kept.
+        row without labels is a prompt as a whole. Further keys, as `kd_weight` and `example`, are kept. The labels of
+        an encoder-decoder may have another length than its inputs.
 
         Raises InputError: packed batches (position_ids) and other tensors that describe the replaced tokens; text
         without a prompt where `prompt_tokens` is not set.
@@ -70,16 +74,19 @@ class OnPolicy:
         self.own_batches += sum(own)
         if not any(own):
             return list(window)
-        prompts = [prompts_of(batch, self.config.prompt_tokens) if use else [] for batch, use in zip(window, own)]
+        pair = is_encoder_decoder(model)
+        read = encoder_prompts if pair else lambda batch: prompts_of(batch, self.config.prompt_tokens)
+        prompts = [read(batch) if use else [] for batch, use in zip(window, own)]
         self.rollouts.sync(model)
         seed = mix(self.seed, step, self.rank)
         made = self.rollouts.generate(model, [p for some in prompts for p in some], 1, self.config.sampling, seed)
         self._count(made)
-        answers = iter(made)
-        return [
-            with_responses(batch, [next(answers) for _ in some], self.pad) if some else batch
-            for batch, some in zip(window, prompts, strict=True)
-        ]
+        answers, result = iter(made), []
+        for batch, some in zip(window, prompts, strict=True):
+            found = [next(answers) for _ in some]
+            new = batch if not some else with_targets(batch, found) if pair else with_responses(batch, found, self.pad)
+            result.append(new)
+        return result
 
     def _count(self, rollouts: Sequence[Rollout]) -> None:
         self.rollouts_made += len(rollouts)
@@ -134,3 +141,21 @@ def with_responses(batch: Batch, rollouts: Sequence[Rollout], pad: int) -> Batch
         labels[row, start:length] = rollout.ids[start:]
     rebuilt = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {**batch, **{key: value.to(device) for key, value in rebuilt.items()}}
+
+
+# ---------------------------------------------------------------- encoder-decoders
+
+
+def encoder_prompts(batch: Batch) -> list[Tensor]:
+    """The attended tokens of each row of input_ids: all that an encoder reads."""
+    if "spans" in batch:
+        raise InputError("on-policy: the batch has 'spans', which belongs to responses that are replaced")
+    return [ids[mask] for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
+
+
+def with_targets(batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
+    """The batch with these responses as the decoder's targets, `labels` (B, longest), -100 behind them."""
+    responses = [rollout.completion for rollout in rollouts]
+    labels = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=IGNORE)
+    kept = {key: value for key, value in batch.items() if key not in OF_DECODER}
+    return {**kept, "labels": labels.to(batch["input_ids"].device)}

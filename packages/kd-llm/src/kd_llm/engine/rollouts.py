@@ -1,4 +1,4 @@
-"""Responses of a causal language model: a protocol, transformers' `generate`, and vLLM where it is installed.
+"""Responses of a language model: a protocol, transformers' `generate`, and vLLM where it is installed.
 
     rollouts = HFRollouts(tokenizer)
     for rollout in rollouts.generate(student, prompts, n=8, sampling=Sampling(max_new_tokens=64), seed=step):
@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kd_llm.engine.rows import is_encoder_decoder
 from kdcore.config import Config
 from kdcore.data import mix
 from kdcore.errors import InputError, RunFailed
@@ -40,7 +41,8 @@ class Sampling(Config):
 class Rollout:
     """One response. On the CPU.
 
-    ids: (P + L,) int64, prompt then response, its end token included, no padding.
+    ids: (P + L,) int64, prompt then response, its end token included, no padding. The prompt of an encoder-decoder is
+        what its encoder reads; the token that starts its decoder is not among the ids.
     completion_start: P.
     logp: (L,) float32, log-probability of each token of the response under the distribution it was drawn from (after
         temperature, top-k and top-p; 0 for temperature 0).
@@ -120,7 +122,10 @@ def _generator(seed: int, row: int) -> torch.Generator:
 
 
 class _Draw:
-    """A logits processor that has drawn the token itself: it leaves one finite score per row. Records ln q."""
+    """A logits processor that has drawn the token itself: it leaves one finite score per row. Records ln q.
+
+    width: tokens in front of the response in the ids it is given.
+    """
 
     def __init__(self, sampling: Sampling, width: int, uniform: Tensor):
         self.sampling, self.width, self.uniform = sampling, width, uniform
@@ -142,8 +147,8 @@ class HFRollouts:
     `batch_size` bounds the sequences of one `generate` call; prompts of like length share one. `eos` are the tokens
     that end a response: by default the tokenizer's and those of the model's own generation config. Of that config
     nothing else applies, so that a checkpoint's penalties and top-p do not bend the distribution that is asked for.
-    Dropout is off while it samples; every module's training flag is restored. Under FSDP2 and ZeRO-3 every process must
-    call it with as many prompts as the others.
+    Dropout is off while it samples; every module's training flag is restored. Under FSDP2 every process must call it
+    with as many prompts as the others. Encoder-decoders read the prompt in their encoder.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int = 256, eos: Sequence[int] | None = None):
@@ -185,37 +190,40 @@ class HFRollouts:
 
 def _check(model: nn.Module, prompts: Sequence[Tensor], n: int, sampling: Sampling) -> None:
     config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"rollouts: {config.model_type} is an encoder-decoder; allowed: causal language models")
     if n < 1 or not prompts:
         raise InputError(f"rollouts: {len(prompts)} prompts and n = {n}; allowed: at least one of each")
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise InputError(f"rollouts: prompt {lengths.index(0)} is empty; allowed: at least one token")
-    room = getattr(config, "max_position_embeddings", None)
-    if room is not None and max(lengths) + sampling.max_new_tokens > room:
+    room, longest = getattr(config, "max_position_embeddings", None), max(lengths)
+    apart = is_encoder_decoder(model)
+    if room is not None and (max if apart else sum)((longest, sampling.max_new_tokens)) > room:
         raise InputError(
-            f"rollouts: a prompt of {max(lengths)} tokens and max_new_tokens = {sampling.max_new_tokens}; "
-            f"allowed: {room} positions together, which is what the model has"
+            f"rollouts: a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens}; "
+            f"allowed: {room} positions {'each' if apart else 'together'}, which is what the model has"
         )
 
 
 def _generate(
     model: Any, prompts: Sequence[Tensor], uniform: Tensor, sampling: Sampling, eos: list[int], pad: int
 ) -> list[Rollout]:
-    """One response to each prompt, in one `generate` call, padded on the left."""
+    """One response to each prompt, in one `generate` call: padded on the left, or in front of an encoder on the right,
+    where positions are counted from the first token."""
     from transformers import GenerationConfig
 
-    width = max(len(prompt) for prompt in prompts)
-    device = next(model.parameters()).device
+    width, device = max(len(prompt) for prompt in prompts), next(model.parameters()).device
+    pair = is_encoder_decoder(model)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt.cpu(), 1
-    drawing = _Draw(sampling, width, uniform.to(device, torch.float32 if device.type == "mps" else None))
+        place = slice(0, len(prompt)) if pair else slice(width - len(prompt), width)
+        ids[row, place], mask[row, place] = prompt.cpu(), 1
+    begin = 1 if pair else width  # tokens in front of the response in what `generate` returns
+    drawing = _Draw(sampling, begin, uniform.to(device, torch.float32 if device.type == "mps" else None))
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, use_cache=True
-    )
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, use_cache=True,
+        decoder_start_token_id=_decoder_start(model) if pair else None,
+    )  # fmt: skip
     with _generation_config(model, config) as generator:
         sequences = generator.generate(
             input_ids=ids.to(device),
@@ -223,16 +231,16 @@ def _generate(
             generation_config=config,
             logits_processor=[drawing],
         )
-    completions, logp = sequences[:, width:].cpu(), torch.stack(drawing.logp, 1).cpu()
+    completions, logp = sequences[:, begin:].cpu(), torch.stack(drawing.logp, 1).cpu()
     return [_rollout(prompt.cpu(), completions[row], logp[row], eos) for row, prompt in enumerate(prompts)]
 
 
-def _synced(model: nn.Module) -> dict[str, Any]:
-    """Processes that hold a share of the weights each go on until the last one is done: every step is collective."""
-    from torch.distributed.tensor import DTensor
-
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return {"synced_gpus": True} if sharded and torch.distributed.get_world_size() > 1 else {}
+def _decoder_start(model: Any) -> int:
+    """The token in front of an encoder-decoder's targets, as in its training."""
+    found = model.config.decoder_start_token_id
+    if found is None:
+        raise InputError(f"rollouts: the config of {model.config.model_type} has no decoder_start_token_id")
+    return int(found)
 
 
 def _rollout(prompt: Tensor, completion: Tensor, logp: Tensor, eos: list[int]) -> Rollout:
@@ -315,7 +323,9 @@ class VLLMRollouts:
     def generate(
         self, model: nn.Module, prompts: Sequence[Tensor], n: int, sampling: Sampling, seed: int
     ) -> list[Rollout]:
-        """See `Rollouts`. Samples from the weights of the last `sync`."""
+        """See `Rollouts`. Samples from the weights of the last `sync`. InputError for an encoder-decoder."""
+        if is_encoder_decoder(model):
+            raise InputError(f"rollouts: vllm serves no {model.config.model_type}; use transformers' generate")  # type: ignore[union-attr]
         _check(model, prompts, n, sampling)
         jobs = [prompt for prompt in prompts for _ in range(n)]
         parameters = [

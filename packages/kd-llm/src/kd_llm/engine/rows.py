@@ -29,13 +29,18 @@ EXTRA = ("labels", "kd_weight", "example", "domain", "spans")
 Batch = Mapping[str, Any]
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a (peft-wrapped) model reads a prompt in an encoder and writes in a decoder."""
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
 def shifts_labels(model: nn.Module) -> bool:
     """Whether row t predicts label t + 1: decoders yes; encoder-decoders, masked models and classifiers no."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     base = base_model(model)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(base):
         return False
     loss = LOSS_MAPPING.get(getattr(base, "loss_type", None))
     if loss is not None:

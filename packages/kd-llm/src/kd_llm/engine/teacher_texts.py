@@ -51,25 +51,23 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     os.replace(temporary, path)
 
 
-def read_rows(path: Path) -> Dataset:
+def read_rows(path: Path, *, encoder_decoder: bool = False) -> Dataset:
     """The rows as training data: labels are the completion, `example` counts the rows.
 
+    encoder_decoder: `input_ids` are the prompt alone, which the encoder reads, and `labels` the decoder's targets.
     Raises: InputError for a file that is missing or of another form.
     """
     from datasets import Dataset
 
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        made = [
-            {
-                "input_ids": row["input_ids"],
-                "labels": [IGNORED] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :],
-                "prompt_length": row["prompt_length"],
-                "domain": row["domain"],
-                "example": number,
-            }
-            for number, row in enumerate(rows)
-        ]
+        made = []
+        for number, row in enumerate(rows):
+            ids, start = row["input_ids"], row["prompt_length"]
+            given = ids[:start] if encoder_decoder else ids
+            labels = ids[start:] if encoder_decoder else [IGNORED] * start + ids[start:]
+            text = {"input_ids": given, "labels": labels, "prompt_length": start}
+            made.append({**text, "domain": row["domain"], "example": number})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a file of the teacher's texts ({type(error).__name__}: {error})") from None
     if not made:

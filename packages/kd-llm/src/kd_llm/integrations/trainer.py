@@ -31,7 +31,7 @@ from kd_llm.engine.objective import DivergenceArgs, Objective, StudentCall, Toke
 from kd_llm.engine.rows import EXTRA, model_inputs
 from kd_llm.engine.teachers import LocalTeacher, TeacherSource
 from kd_llm.integrations.terms import TermMeter, flat
-from kdcore.checkpoint import fault, rng_state, set_rng_state, sha256, sync
+from kdcore.checkpoint import check, rng_state, set_rng_state, sha256, sync, trainer_checkpoints
 from kdcore.distiller import LossTerms
 from kdcore.errors import InputError, RunFailed
 
@@ -44,7 +44,8 @@ class DistillTrainer(Trainer):
 
     objective: what is minimised; None makes a `TokenObjective` of `teacher` and `distill`.
     teacher: a model (it is frozen) or a `TeacherSource`. distill: the divergence; forward KL by default.
-    teacher_processing_class: the teacher's tokenizer, needed where the vocabularies have different sizes.
+    teacher_processing_class: the teacher's tokenizer, needed where the vocabularies have different sizes; it is
+        compared with `processing_class`, the student's.
     window_hook: (student, micro-batches, step) -> micro-batches, before the tokens of an optimiser step are counted;
         on-policy responses come in here. Its `statistics()`, if it has that method, is logged beside the terms.
     Raises: InputError for a teacher that does not fit the student, and for launchers this cannot run under.
@@ -89,9 +90,10 @@ class DistillTrainer(Trainer):
     def _default_objective(self, teacher: Any, distill: DivergenceArgs | None, tokenizer: Any) -> Objective:
         if teacher is None and distill is None:
             raise InputError("objective: given none, and no teacher; give an Objective, or teacher (and distill)")
+        if tokenizer is not None and self.processing_class is None:
+            raise InputError("teacher_processing_class: is compared with the student's; give processing_class too")
         source = LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
-        pair = None if tokenizer is None or self.processing_class is None else (self.processing_class, tokenizer)
-        return TokenObjective(source, distill, tokenizers=pair)
+        return TokenObjective(source, distill, tokenizers=tokenizer and (self.processing_class, tokenizer))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -362,14 +364,16 @@ def check_checkpoint(path: Path) -> None:
     """Raises InputError that names what is wrong with a checkpoint; one without a manifest is plain Trainer's."""
     if not path.is_dir():
         raise InputError(f"checkpoint {path}: no such folder")
-    if not (path / MANIFEST).is_file():
-        return
-    problem = fault(path)
-    if problem:
-        good = [other for other in path.parent.glob("checkpoint-*") if other != path and not fault(other)]
-        last = max(good, key=lambda other: int(other.name.rpartition("-")[2]), default=None)
-        hint = f"; {last.name} is good: remove {path.name} to go on from it" if last else "; no other one is good"
-        raise InputError(f"checkpoint {path}: {problem}{hint}")
+    if (path / MANIFEST).is_file():
+        numbers = {other: _number(other) for other in trainer_checkpoints(path.parent)}
+        older = [other for other in numbers if 0 <= numbers[other] < _number(path)]
+        check(path, sorted(older, key=_number))
+
+
+def _number(path: Path) -> int:
+    """The step of a folder `checkpoint-N`; -1 for other names."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def __getattr__(name: str) -> Any:

@@ -108,8 +108,8 @@ def check(config: Any, prepared: Prepared) -> None:
     args: TokenKDConfig = config.method_args
     generating = [name for name, on in (("lmbda", args.lmbda > 0), ("sequence", args.sequence is not None)) if on]
     for name in generating:
-        if config.task != "causal":
-            raise InputError(f"method_args.{name}: only for decoders; task = '{config.task}'")
+        if config.task not in ("causal", "seq2seq"):
+            raise InputError(f"method_args.{name}: only for models that write texts; task = '{config.task}'")
         if config.data.packing:
             raise InputError(f"method_args.{name}: the texts are written anew; set data.packing to false")
     if args.sequence is not None and config.teacher.served is not None and config.teacher.pretrained is None:
@@ -150,7 +150,7 @@ def stages(config: Any, context: RunContext) -> list[Stage]:
     sequence = config.method_args.sequence is not None
 
     def written(networks: Networks) -> Any:
-        return read_rows(Path(networks.context.artefacts["teacher_texts"]))
+        return read_rows(Path(networks.context.artefacts["teacher_texts"]), encoder_decoder=config.task == "seq2seq")
 
     return [
         runs.tokenizer_stage(config, prepared),
