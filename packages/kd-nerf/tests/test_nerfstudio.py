@@ -70,6 +70,70 @@ def test_evaluation_gives_the_same_again_and_the_report_has_pictures(trained):
     assert "over seconds of training" in page
 
 
+# ---------------------------------------------------------------- resume
+
+
+def same(a, b, where=""):
+    """Whether two checkpoints are equal, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (one, other) in enumerate(zip(a, b)):
+            same(one, other, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+RESUMED = [
+    *TINY,
+    "teacher.train.steps=18",
+    "teacher.train.checkpoint_every=5",
+    "render.occupancy_warmup=4",  # the grid is looked at in step 16 and settles
+    "train.steps=9",
+    "train.checkpoint_every=2",
+    "method_args.stage_ends=[5,7]",
+    "student.geometry=7",  # a linear map trains beside the student
+]
+
+
+def test_resume_gives_the_checkpoints_of_an_uncut_run(tmp_path, monkeypatch):
+    """Cut in the teacher's training on photographs, in the first stage of the student's and in the last."""
+    from kd_nerf.integrations.teachers import find_checkpoint
+    from kd_nerf.integrations.trainer import ResumableTrainer
+
+    iteration = ResumableTrainer.train_iteration
+    method, config = load_config("pvd/small", RESUMED)
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "one"))
+    run.train(method, config, tmp_path / "whole", quiet=True, cpu=True)
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "other"))
+    for number, (stage, step) in enumerate([("teacher", 13), ("student", 3), ("student", 7)]):
+
+        def cut(self, at, stage=stage, step=step):
+            if (self.config.experiment_name, at) == (stage, step):
+                raise KeyboardInterrupt
+            return iteration(self, at)
+
+        monkeypatch.setattr(ResumableTrainer, "train_iteration", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(method, config, tmp_path / "cut", resume=number > 0, quiet=True, cpu=True)
+        (kept,) = (tmp_path / "cut" / "checkpoints" / stage).rglob("step-*.ckpt")
+        assert int(kept.stem.split("-")[1]) == {"teacher": 10, "student": step - 1}[stage]
+    monkeypatch.setattr(ResumableTrainer, "train_iteration", iteration)
+    run.train(method, config, tmp_path / "cut", resume=True, quiet=True, cpu=True)
+    for artefact, last in (("teacher", 17), ("student", 8)):
+        found = [find_checkpoint(tmp_path / folder / artefact) for folder in ("whole", "cut")]
+        assert [path.name for path in found] == [f"step-{last:09d}.ckpt"] * 2
+        whole, resumed = (torch.load(path, weights_only=True) for path in found)
+        assert "feature_map.weight" in whole["pipeline"] or artefact == "teacher"
+        same(whole, resumed)
+
+
 SCRIPT = """
 import contextlib, io, sys, torch
 from pathlib import Path
@@ -81,27 +145,34 @@ with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
     sys.argv = ["ns-train", "kd-pvd", "--help"]
     entrypoint()
 Path("help.txt").write_text(told.getvalue())
-sys.argv = ["ns-train", *Path("command.txt").read_text().split()]
-entrypoint()
+for command in Path("commands.txt").read_text().splitlines():
+    sys.argv = ["ns-train", *command.split()]
+    entrypoint()
 config, pipeline, checkpoint, step = eval_setup(Path("student/kd-pvd/nerfstudio/config.yml"))
 camera, batch = next(iter(pipeline.datamanager.fixed_indices_eval_dataloader))
 outputs = pipeline.model.get_outputs_for_camera(camera)
 torch.save({"rgb": outputs["rgb"].cpu(), "step": step}, "reloaded.pt")
 """
 COMMAND = """
-kd-pvd --vis tensorboard --machine.device-type cpu --max-num-iterations 3 --timestamp t --experiment-name e
+kd-pvd --vis tensorboard --machine.device-type cpu --experiment-name e
 --pipeline.datamanager.train-num-rays-per-batch 16 --pipeline.teacher-checkpoint teacher
 --pipeline.model.field.architecture vm --pipeline.model.field.density-rank 2 --pipeline.model.field.colour-rank 2
 --pipeline.model.field.resolution 8 --pipeline.model.samples 8 --pipeline.model.occupancy-resolution 8
---pipeline.pvd.stage-ends 1 2 blender-data --data scene
+--pipeline.pvd.stage-ends 2 4 {} blender-data --data scene
 """
+RUNS = [
+    "--timestamp t --max-num-iterations 3",
+    "--timestamp resumed --max-num-iterations 2 --load-dir outputs/e/kd-pvd/t/nerfstudio_models",
+    "--timestamp whole --max-num-iterations 5",
+]
 
 
 @pytest.fixture(scope="module")
 def studio(trained):
     """The run's folder after nerfstudio's commands in a process of their own, which costs one import."""
     folder, _ = trained
-    (folder / "command.txt").write_text(COMMAND)
+    lines = [" ".join(COMMAND.format(run).split()) for run in RUNS]
+    (folder / "commands.txt").write_text("\n".join(lines))
     settings = {**os.environ, "NERFSTUDIO_METHOD_CONFIGS": PLUGIN, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
@@ -121,6 +192,14 @@ def test_ns_train_converts_into_another_architecture(studio):
 
     (checkpoint,) = studio.glob("outputs/e/kd-pvd/t/nerfstudio_models/step-*.ckpt")
     assert load_teacher(checkpoint).field.config.architecture == "vm"
+
+
+def test_ns_train_goes_on_bit_for_bit(studio):
+    resumed, whole = (
+        torch.load(studio / f"outputs/e/kd-pvd/{run}/nerfstudio_models/step-000000004.ckpt", weights_only=True)
+        for run in ("resumed", "whole")
+    )
+    same(resumed, whole)
 
 
 def test_nerfstudio_reloads_the_student_and_draws_the_same_view(studio):

@@ -97,14 +97,14 @@ Run = NerfRun[Any]
 def trainer_config(
     config: Run, field: FieldConfig, train: FieldTrain, method_args: Mapping[str, Any], data: Path
 ) -> Any:
-    """nerfstudio's TrainerConfig of one training."""
+    """nerfstudio's trainer config of one training."""
     from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
-    from nerfstudio.engine.trainer import TrainerConfig
 
     from kd_nerf.integrations import plugin
     from kd_nerf.integrations.model import RadianceModelConfig
     from kd_nerf.integrations.pipeline import PVDPipelineConfig
     from kd_nerf.integrations.settings import FieldSettings, PVDSettings, untyped
+    from kd_nerf.integrations.trainer import ResumableTrainerConfig
 
     render, steps = config.render, train.steps or 1
     rates = {"encodings": train.optimizer.lr, "networks": train.network_lr or plugin.network_rate(field.architecture)}
@@ -114,7 +114,7 @@ def trainer_config(
         optimizers[name] = plugin.group(rate, steps, lr_final=final, shape=train.schedule.name)
         for key in ("betas", "eps", "weight_decay"):
             setattr(optimizers[name]["optimizer"], key, getattr(train.optimizer, key))
-    return TrainerConfig(
+    return ResumableTrainerConfig(
         method_name=plugin.METHOD_NAME,
         max_num_iterations=steps,
         mixed_precision=train.precision == "fp16",

@@ -7,6 +7,7 @@ y points up, x to the right. The world's z points up.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -120,3 +121,13 @@ class RandomViews:
         return pixel_rays(
             self.pending.pop().float(), self.intrinsics, random_pixels(self.intrinsics, count, self.generator)
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """The generator's state and the poses (N, 3, 4) of the current set that are still to come."""
+        pending = torch.stack(self.pending) if self.pending else self.train.new_zeros(0, 3, 4)
+        return {"generator": self.generator.get_state(), "pending": pending}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The counterpart of `state`."""
+        self.generator.set_state(state["generator"])
+        self.pending = list(state["pending"])

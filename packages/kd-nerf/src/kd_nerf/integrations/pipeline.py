@@ -105,6 +105,17 @@ class PVDPipeline(VanillaPipeline):
         bundle = RayBundle(origins, directions, pixel_area=torch.ones_like(origins[:, :1]))
         return self.model.points(bundle, jitter=True)
 
+    def random_state(self) -> dict[str, Any]:
+        """What the random cameras have drawn and will draw; empty where photographs train."""
+        views = self._aside.get("views")
+        return {} if views is None else views.state()
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """The counterpart of `random_state`. KeyError where the state is of a training without random cameras."""
+        views = self._aside.get("views")
+        if views is not None:
+            views.restore(state)
+
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         groups = super().get_param_groups()
         extra = list(self.feature_map.parameters())

@@ -14,12 +14,12 @@ from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.engine.optimizers import OptimizerConfig
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
-from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from kd_nerf.integrations.model import RadianceModelConfig
 from kd_nerf.integrations.pipeline import PVDPipelineConfig
 from kd_nerf.integrations.settings import FieldSettings
+from kd_nerf.integrations.trainer import ResumableTrainerConfig
 
 METHOD_NAME = "kd-pvd"
 
@@ -76,9 +76,9 @@ def network_rate(architecture: str) -> float:
     return 1e-3 if architecture in ("mlp", "vm", "cp") else 1e-2
 
 
-def trainer_config(architecture: str = "mlp", steps: int = 30000) -> TrainerConfig:
+def trainer_config(architecture: str = "mlp", steps: int = 30000) -> ResumableTrainerConfig:
     """The paper's setting for a student of one architecture."""
-    return TrainerConfig(
+    return ResumableTrainerConfig(
         method_name=METHOD_NAME,
         max_num_iterations=steps,
         steps_per_eval_batch=0,

@@ -171,7 +171,7 @@ class RunHook:
         self.log.step_done(done, 0)
         if done % self.intervals.evaluate == 0 or done == self.total:
             self.evaluate(done)
-        if done % self.intervals.save == 0:
+        if step and step % self.intervals.save == 0:  # nerfstudio's rule for a checkpoint
             self.log.flush()  # a non-finite loss must stop the run before it becomes a checkpoint
 
     def steady(self, terms: LossTerms, step: int) -> LossTerms:
