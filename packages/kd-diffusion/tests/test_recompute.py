@@ -95,7 +95,7 @@ def test_gradients_are_those_without_recomputation(tiny_text_folder, double_nois
 
 @pytest.mark.parametrize("last", [None, "default"])
 def test_the_other_view_may_run_before_the_backward_pass(tiny_text_folder, last):
-    """Teacher and fake score share a network; a pass of one with the adapters of the other would be another function."""
+    """Teacher and fake score share a network: a pass of one with the other's adapters would be another function."""
     found = []
     for checkpointing in (False, True):
         distiller = distiller_of(tiny_text_folder, swiftbrush, gradient_checkpointing=checkpointing)

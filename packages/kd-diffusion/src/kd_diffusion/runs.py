@@ -297,6 +297,9 @@ def check(config: Run, data: Data) -> Opened | None:
     check_data(opened, data, config)
     if args.times.kind == "lognormal" and not isinstance(opened.process, EDM):
         raise InputError(f"method_args.times.kind = 'lognormal': the teacher is {type(opened.process).__name__}")
+    scheduler = type(opened.pipe.scheduler).__name__
+    if args.steps > 1 and scheduler.startswith("EDM"):
+        raise InputError(f"method_args.steps = {args.steps}: allowed: 1, {scheduler} draws no new noise in its steps")
     if args.guidance_scale != 1:
         opened.conditioner.null(1, "cpu")
     return opened

@@ -1,6 +1,7 @@
 """What a network is conditioned on: a dict of tensors with the batch first; {} for nothing.
 
-class_labels (B,) int64 | prompt_embeds (B, L, D), prompt_mask (B, L), pooled_embeds (B, P), time_ids (B, 6)
+class_labels (B,) int64 | prompt_embeds (B, L, D), prompt_mask (B, L), pooled_embeds (B, P), time_ids (B, 6),
+resolution (B, 2), aspect_ratio (B, 1)
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ class EDM(Process):
     """Noise level as time, the Karras table, and the preconditioning of arXiv 2206.00364 (table 1).
 
     `boundary` is 0 for EDM's own c_skip and c_out; a consistency model's (arXiv 2303.01469, eq. 25), which diffusers'
-    CMStochasticIterativeScheduler applies, has its smallest sigma there.
+    CMStochasticIterativeScheduler applies, has its smallest sigma there. The network's time is `time_factor` ln sigma:
+    EDM's 1/4, in the thousandths of that scheduler; as it is (0.25) for schedulers that are named after EDM.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class EDM(Process):
         rho: float = 7.0,
         sigma_data: float = 0.5,
         boundary: float = 0.0,
+        time_factor: float = 250.0,
     ):
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-        self.sigma_data, self.boundary = sigma_data, boundary
+        self.sigma_data, self.boundary, self.time_factor = sigma_data, boundary, time_factor
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         s = t.double()
@@ -105,7 +107,7 @@ class EDM(Process):
         return (t.double() ** (1 / self.rho) - low) / (high - low) * (self.size - 1)
 
     def network_time(self, t: Tensor) -> Tensor:
-        return 250 * t.double().clamp_min(1e-44).log()  # EDM's ln(sigma) / 4, in diffusers' thousandths
+        return self.time_factor * t.double().clamp_min(1e-44).log()
 
     def input_scale(self, t: Tensor) -> Tensor:
         return (t.double().square() + self.sigma_data**2).rsqrt()
@@ -313,10 +315,12 @@ def process_of(scheduler: Any) -> tuple[Process, str]:
     if name == "SCMScheduler":
         return TrigFlow(), "trigflow"
     if name.startswith(("EDM", "CMStochastic")):
-        low = float(config.sigma_min)
-        boundary = low if name.startswith("CMStochastic") else 0.0
-        process = EDM(low or 0.002, float(config.sigma_max), float(config.get("rho", 7.0)), config.sigma_data, boundary)
-        return process, "edm"
+        low, consistency = float(config.sigma_min), name.startswith("CMStochastic")
+        if config.get("prediction_type", "epsilon") != "epsilon":
+            raise InputError(f"scheduler {name}: prediction_type = '{config.prediction_type}', allowed: epsilon")
+        rest = {"boundary": low, "time_factor": 250.0} if consistency else {"time_factor": 0.25}
+        rho = float(config.get("rho", 7.0))
+        return EDM(low or 0.002, float(config.sigma_max), rho, config.sigma_data, **rest), "edm"
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise InputError(f"scheduler {name}: no known noise process; it has no alphas_cumprod")
     kind = config.get("prediction_type", "epsilon")

@@ -65,7 +65,8 @@ class TextConditioner(nn.Module):
         self.kind = _kind(pipe, self.encoders[0])
         self.lengths = [_max_length(pipe, tokenizer) for tokenizer in self.tokenizers]
         self.zero_null = bool(pipe.config.get("force_zeros_for_empty_prompt", False)) and self.kind == "sdxl"
-        self.size = _pixel_size(pipe) if self.kind == "sdxl" else 0
+        sized = self.kind == "sdxl" or getattr(getattr(pipe, "transformer", None), "use_additional_conditions", False)
+        self.size = _pixel_size(pipe) if sized else 0
         self.width = pipe.transformer.config.joint_attention_dim if self.kind == "sd3" else 0
         self._null: Condition | None = None
 
@@ -123,9 +124,14 @@ def _sdxl(text: TextConditioner, batch: dict[str, Any]) -> Condition:
 
 
 def _t5(text: TextConditioner, batch: dict[str, Any]) -> Condition:
-    """PixArt: T5's hidden states with their mask."""
+    """PixArt: T5's hidden states with their mask; of 1024 pixels also the size and the aspect ratio."""
     mask = batch["attention_mask"]
-    return {"prompt_embeds": text.encoders[0](batch["input_ids"], attention_mask=mask)[0], "prompt_mask": mask}
+    embeds = text.encoders[0](batch["input_ids"], attention_mask=mask)[0]
+    found = {"prompt_embeds": embeds, "prompt_mask": mask}
+    if text.size:
+        found["resolution"] = embeds.new_full((len(embeds), 2), text.size)
+        found["aspect_ratio"] = embeds.new_ones(len(embeds), 1)
+    return found
 
 
 def _umt5(text: TextConditioner, batch: dict[str, Any]) -> Condition:
@@ -189,14 +195,15 @@ def conditioner_of(
     """The conditioner that fits a pipeline and its network.
 
     `null_class`: the label of UNet2DModel that stands for none, which diffusers' configs do not say; DiT's is the one
-    after its classes.
+    after its classes (1000 for ImageNet's, which is what DiTPipeline guides with), where `null_class` is not another.
     """
     if getattr(pipe, "text_encoder", None) is not None:
         return TextConditioner(pipe)
     config = network.config
-    if type(network).__name__ == "DiTTransformer2DModel":
-        return ClassConditioner(config.num_embeds_ada_norm, config.num_embeds_ada_norm)
     rows = config.get("num_class_embeds")
+    if type(network).__name__ == "DiTTransformer2DModel":
+        rows = config.num_embeds_ada_norm + 1
+        null_class = rows - 1 if null_class is None else null_class
     if rows is None:
         return NoConditioner()
     if null_class is not None and not 0 <= null_class < rows:

@@ -59,7 +59,7 @@ class Space(nn.Module):
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             pair = (torch.tensor(config[name]).to(like) for name in ("latents_mean", "latents_std"))
             shift, deviation = (values.reshape(1, -1, *[1] * (like.ndim - 2)) for values in pair)
-            return shift, deviation
+            return shift, deviation / (config.get("scaling_factor") or 1.0)
         return config.get("shift_factor") or 0.0, 1 / config.scaling_factor
 
 
@@ -297,20 +297,24 @@ def sampler_config(
 ) -> Any:
     """A stock scheduler with which `pipe(.., num_inference_steps=N)` takes the student's own steps.
 
-    EDM: CMStochasticIterativeScheduler. Flow: FlowMatchEulerDiscreteScheduler that draws new noise in each step (give
-    `sigmas=` the levels); with Euler's or one step FlowMapEulerDiscreteScheduler, whose steps start at the levels, or
-    FlowMatchEulerDiscreteScheduler where the teacher shifts dynamically and its pipeline gives the levels itself. VP:
-    the table is cut at the first level, so that one step starts there; LCMScheduler, or for one step from a noised zero
-    image EulerDiscreteScheduler, whose first latent is s_t z.
+    EDM: CMStochasticIterativeScheduler; EDMEulerScheduler, for one step, where the teacher's is named after EDM. Flow:
+    FlowMatchEulerDiscreteScheduler that draws new noise in each step (give `sigmas=` the levels); with Euler's or one
+    step FlowMapEulerDiscreteScheduler, whose steps start at the levels, or FlowMatchEulerDiscreteScheduler where the
+    teacher shifts dynamically and its pipeline gives the levels itself. VP: the table is cut at the first level, so
+    that one step starts there; LCMScheduler, or for one step from a noised zero image EulerDiscreteScheduler, whose
+    first latent is s_t z.
     """
     import diffusers
 
     config = dict(teacher_scheduler.config)
     if isinstance(process, EDM):
+        first = float(process.at(torch.tensor([indices[0]], dtype=torch.float64)))
+        if type(teacher_scheduler).__name__.startswith("EDM"):
+            return diffusers.EDMEulerScheduler.from_config(config, sigma_max=first, final_sigmas_type="zero")
         return diffusers.CMStochasticIterativeScheduler(
             num_train_timesteps=process.size,
             sigma_min=process.boundary,
-            sigma_max=float(process.at(torch.tensor([indices[0]], dtype=torch.float64))),
+            sigma_max=first,
             sigma_data=process.sigma_data,
             rho=process.rho,
             clip_denoised=False,
