@@ -71,6 +71,21 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert [index for _, index in SeededSampler(4, shuffle=False)] == [0, 1, 2, 3]
 
 
+def test_repeated_samples_come_in_a_row_each_with_a_seed_of_its_own():
+    keys = list(SeededSampler(10, seed=3, repeats=3))
+    plain = [index for _, index in SeededSampler(10, seed=3)]
+    assert [index % 10 for _, index in keys] == [index for index in plain[:4] for _ in range(3)][:10]
+    assert [index // 10 for _, index in keys] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    once = samples(epoch_of(seeded_loader(Noisy(), 4, seed=1), 0))
+    batches = epoch_of(seeded_loader(Noisy(), 4, seed=1, repeats=2), 0)
+    rows = [row for batch in batches for row in zip(*batch, strict=True)]
+    assert len(rows) == 10
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        assert one[0] == two[0]
+        assert one[1:] == once[one[0]]  # the first copy is the sample as it would be alone
+        assert one[1] != two[1]
+
+
 def test_starting_an_epoch_draws_nothing_from_the_global_generators():
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     epoch_of(seeded_loader(Noisy(), 4), 0)

@@ -17,14 +17,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 SampleKey = tuple[int, int]
-"""(epoch, index): what the seeded sampler yields and the seeded data set takes."""
+"""(epoch, index): what the seeded sampler yields and the seeded data set takes. Copy c of a sample that is repeated has
+the index c * size + index: the same sample under a seed of its own."""
 
 
 class SeededSampler(Sampler[SampleKey]):
-    """Yields (epoch, index); the permutation of epoch e is drawn from a generator seeded with (seed, e)."""
+    """Yields (epoch, index); the permutation of epoch e is drawn from a generator seeded with (seed, e).
 
-    def __init__(self, size: int, seed: int = 0, shuffle: bool = True):
-        self.size, self.seed, self.shuffle = size, seed, shuffle
+    With `repeats`, each sample comes that many times in a row, and an epoch of the same length has fewer of them
+    (repeated augmentation, arXiv 1901.09335).
+    """
+
+    def __init__(self, size: int, seed: int = 0, shuffle: bool = True, repeats: int = 1):
+        self.size, self.seed, self.shuffle, self.repeats = size, seed, shuffle, repeats
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -34,11 +39,13 @@ class SeededSampler(Sampler[SampleKey]):
         return self.size
 
     def __iter__(self) -> Iterator[SampleKey]:
-        epoch = self.epoch
-        if not self.shuffle:
-            return iter([(epoch, index) for index in range(self.size)])
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        return iter([(epoch, index) for index in torch.randperm(self.size, generator=generator).tolist()])
+        epoch, order = self.epoch, list(range(self.size))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            order = torch.randperm(self.size, generator=generator).tolist()
+        order = order[: -(-self.size // self.repeats)]
+        keys = [(epoch, copy * self.size + index) for index in order for copy in range(self.repeats)]
+        return iter(keys[: self.size])
 
 
 class SeededDataset(Dataset[Any]):
@@ -57,22 +64,22 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, key: SampleKey) -> Any:
         epoch, index = key
         with seeded(mix(self.seed, epoch, index)):
-            return self.dataset[index]
+            return self.dataset[index % len(self)]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         if not _reads_batches(self.dataset):
             return self._one_by_one(keys)
-        indices = [index for _, index in keys]
+        indices, size = [index for _, index in keys], len(self)
         with seeded(mix(self.seed, keys[0][0], *indices)):
-            return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
+            return self.dataset.__getitems__([index % size for index in indices])  # type: ignore[attr-defined]
 
     def _one_by_one(self, keys: Sequence[SampleKey]) -> list[Any]:
         """Every sample under its own seed; the generators are saved and restored once for all of them."""
-        items = []
+        items, size = [], len(self)
         with _restored():
             for epoch, index in keys:
                 _seed(mix(self.seed, epoch, index))
-                items.append(self.dataset[index])
+                items.append(self.dataset[index % size])
         return items
 
 
@@ -91,12 +98,13 @@ def seeded_loader(
     drop_last: bool = False,
     num_workers: int = 0,
     collate: Callable[[Any], Any] | None = None,
+    repeats: int = 1,
 ) -> DataLoader[Any]:
-    """A DataLoader over `dataset` with reproducible order and augmentation; see the module."""
+    """A DataLoader over `dataset` with reproducible order and augmentation; see the module, `repeats`: the sampler."""
     return DataLoader(
         SeededDataset(dataset, seed),
         batch_size=batch_size,
-        sampler=SeededSampler(len(cast(Sized, dataset)), seed, shuffle),
+        sampler=SeededSampler(len(cast(Sized, dataset)), seed, shuffle, repeats),
         drop_last=drop_last,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
