@@ -14,13 +14,11 @@ from torch import Tensor
 from kd_classification.engine.convnet import ConvNet
 from kd_classification.engine.diff_augment import DiffAugment
 from kd_classification.engine.experts import flat_parameters
-from kd_classification.engine.real_images import RealImages
+from kd_classification.engine.real_images import ClassBatch, ClassSteps, RealImages
 from kd_classification.engine.synthetic import LearnableImages, Preprocessing, SyntheticSet
 from kd_classification.methods.ncfm import (
     METHOD,
     NCFM,
-    ClassBatch,
-    ClassSteps,
     FrequencySampler,
     mean_distance,
     ncfd,
@@ -194,7 +192,7 @@ def problem(**arguments) -> tuple[NCFM, ClassSteps]:
     return distiller, ClassSteps(real, 10, distiller.args.calibration_passes, seed=0)
 
 
-def test_networks_of_an_iteration():
+def test_networks_of_an_iteration(monkeypatch):
     distiller, _ = problem()
     between = flat_parameters(distiller.network)
     start, end = distiller.initial[0], distiller.trained[0]
@@ -207,6 +205,11 @@ def test_networks_of_an_iteration():
     distiller.progress.epoch = 1
     distiller.epoch_start()
     assert not torch.equal(flat_parameters(distiller.network), between)
+    for share, weights in ((1.0, start), (0.0, end)):  # l = 1 is the initial network, l = 0 the trained one
+        monkeypatch.setattr(torch, "rand", lambda *_, share=share, **__: torch.tensor(share))
+        distiller.epoch_start()
+        torch.testing.assert_close(flat_parameters(distiller.network), weights, rtol=0, atol=0)
+    monkeypatch.undo()
     last, _ = problem(networks="trained")
     torch.testing.assert_close(flat_parameters(last.network), last.trained[0])
     fresh, _ = problem(networks="random")
@@ -284,6 +287,20 @@ def test_an_iteration_in_a_loop_of_ones_own():
         distiller.student.images.add_(2)
     distiller.epoch_end()
     assert distiller.student.images.max() <= 1
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.0])
+def test_psi_moves_by_its_own_rate_alone(rate):
+    distiller, steps = problem(sampling="tiled", sampler_lr=rate)
+    (player,) = (player for player in distiller.players() if player.name == "frequencies")
+    optimizer = player.optimizer([{"params": list(distiller.sampler.parameters())}])
+    before = flat_parameters(distiller.sampler)
+    for batch in list(steps)[:2]:
+        distiller.loss(batch)
+        optimizer.zero_grad()
+        distiller.loss(batch, "frequencies").total().backward()
+        optimizer.step()
+    assert torch.equal(flat_parameters(distiller.sampler), before) == (rate == 0)
 
 
 def test_terms_always_have_both_names_and_the_right_gradient():

@@ -132,6 +132,8 @@ def test_gradient_penalty_is_by_pixel():
     inputs = torch.zeros(1, 2, 1, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([3.0, 0.0, 4.0, 1.0], dtype=torch.float64)  # norms over channels: 5 and 1
     assert gradient_penalty(inputs.flatten(1) @ weight, inputs).item() == pytest.approx((16 + 0) / 2)
+    whole = gradient_penalty(inputs.flatten(1) @ weight, inputs, "image")  # one norm, sqrt(9 + 16 + 1)
+    assert whole.item() == pytest.approx((26**0.5 - 1) ** 2)
 
 
 # ---------------------------------------------------------------- experts
@@ -173,6 +175,8 @@ def test_expert_minimises_damped_cross_entropy_and_the_penalty():
     g = torch.autograd.grad(distiller.student(seen).sum(), seen)[0]
     assert terms["penalty"][1].item() == pytest.approx((g.abs() - 1).square().mean().item())
     assert list(expert(gradient_penalty=0.0).loss(data)) == ["ce"]
+    whole = expert(penalty_norm="image")
+    assert whole.loss(data)["penalty"][1].item() == pytest.approx((g.flatten(1).norm(dim=1) - 1).square().mean().item())
 
 
 @pytest.mark.parametrize("restart", [True, False])
@@ -477,6 +481,7 @@ def test_run_errors(overrides, message, tmp_path):
 def test_configs():
     _, small = load_config("smooth_trajectories/small")
     arms = {"ce", "herding", "full", "mtt", "plain_experts", "final_only", "random_init", "no_perturbation"}
+    arms |= {"no_penalty", "image_penalty"}
     assert arms <= set(small.compare)
     _, paper = load_config("smooth_trajectories/paper")
     defaults = SmoothTrajectoriesConfig()

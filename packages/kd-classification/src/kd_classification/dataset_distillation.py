@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kd_classification import __version__, runs
 from kd_classification.data import AugmentConfig, Data, DataConfig, load_data
@@ -346,6 +347,28 @@ def expert_accuracy(problem: Problem, folder: Path, test: Tensor, device: torch.
         load_parameters(network, expert[-1].to(device))
         total += fresh.accuracy(network, test, problem.test.labels)
     return total / len(pool)
+
+
+def feature_spread(problem: Problem, saved: SyntheticSet, networks: int = 3) -> float | None:
+    """Trace of the features' covariance within a class, synthetic over real, on random networks that nothing has seen.
+
+    Mean over classes and networks of the ratio; features of length 1. None where a class has one image only.
+    """
+    inputs, labels = saved.tensors()
+    if int(torch.bincount(labels).min()) < 2:
+        return None
+    ratios = []
+    for k in range(networks):
+        with seeded(mix(problem.config.seed, 47, k)), torch.no_grad():
+            network = problem.network().eval()
+            for label, indices in enumerate(problem.train.indices):
+                real = problem.preprocessing().inputs(problem.train.pixels(indices[:512]))
+                traces = []
+                for images in (inputs[labels == label][:512], real):
+                    features = network.forward_head(network.forward_features(images), pre_logits=True)
+                    traces.append(float(functional.normalize(features, dim=1).var(0).sum()))
+                ratios.append(traces[0] / traces[1])
+    return sum(ratios) / len(ratios)
 
 
 def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from kd_classification.data import Images
 from kd_classification.engine.synthetic import encode
 from kd_classification.sources import Split
+from kdcore.data import mix
 from kdcore.errors import InputError
 
 Init = Literal["random", "mix", "noise", "herding", "kmeans", "full"]
@@ -58,6 +59,40 @@ class RealImages:
         plain = (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
         images = Images(Split(self.labels.cpu().numpy(), self.images.cpu()), self.labels.cpu(), None, plain)
         return images.loader(batch_size, seed=seed, train=True)
+
+
+# ---------------------------------------------------------------- class by class
+
+
+class ClassBatch(NamedTuple):
+    """Real pixels (n, C, H, W) of class `label` to match; none (n = 0) for a calibration step."""
+
+    real: Tensor
+    label: int
+
+
+class ClassSteps:
+    """One epoch is one iteration: a matching step for each class in order, then the calibration passes."""
+
+    def __init__(self, real: RealImages, batch_size: int, passes: int, seed: int):
+        self.real, self.batch_size, self.passes, self.seed = real, batch_size, passes, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.real.num_classes * (1 + self.passes)
+
+    def __iter__(self) -> Iterator[ClassBatch]:
+        nothing = self.real.images[:0].float()
+        for step in range(len(self)):
+            label = step % self.real.num_classes
+            if step >= self.real.num_classes:
+                yield ClassBatch(nothing, label)
+                continue
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, label))
+            yield ClassBatch(self.real.sample(label, self.batch_size, generator), label)
 
 
 # ---------------------------------------------------------------- the first images

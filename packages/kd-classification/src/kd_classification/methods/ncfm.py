@@ -16,7 +16,8 @@ An iteration takes one step of the images' optimiser for every class, then one f
 up the gradient of the same L_c from the same forward pass. Real and synthetic images share one differentiable
 augmentation. A stored image holds rho x rho images (multi-formation, rho = 2), decoded before anything else. In the
 config an epoch of `train` is an iteration. The numbers of the equations are this file's; constants that the paper does
-not give (300, the optimiser of psi, the plateau schedule) are those of the authors' code, gszfwsb/NCFM.
+not give (300, the optimiser of psi, the plateau schedule) are those of the authors' code, gszfwsb/NCFM. There psi never
+moves, because its descent and ascent add up in one gradient: that is `sampling: tiled` with `sampler_lr: 0`.
 
 `matching: mean` replaces (6) by the squared distance of the mean features, distribution matching (DM, Zhao and Bilen,
 arXiv 2110.04181), with `networks: random` on random networks, as DM has it.
@@ -25,9 +26,9 @@ arXiv 2110.04181), with `networks: random` on random networks, as DM has it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from kd_classification import dataset_distillation as dd
 from kd_classification.engine.diff_augment import DiffAugment
 from kd_classification.engine.experts import load_parameters, open_pool
-from kd_classification.engine.real_images import RealImages
+from kd_classification.engine.real_images import ClassBatch, ClassSteps
 from kd_classification.engine.synthetic import LearnableImages, Preprocessing, SyntheticSet, decode
 from kdcore.config import MethodConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from kdcore.data import mix, seeded
@@ -60,7 +61,9 @@ class NCFMConfig(MethodConfig):
         description="frequencies: psi's scales times normals (paper), psi's output itself (tiled, release), or normals",
     )
     components: int | None = Field(None, ge=2, description="J, rows that psi gives at a time; null: T / 16")
-    sampler_lr: float = Field(1e-3, gt=0, description="learning rate of psi (SGD, momentum sampler_momentum)")
+    sampler_lr: float = Field(
+        1e-3, ge=0, description="learning rate of psi (SGD, momentum sampler_momentum); 0: psi stays as it starts"
+    )
     sampler_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of psi")
     loss_scale: float = Field(300.0, gt=0, description="factor on the discrepancy")
     real_batch: int = Field(1024, ge=2, description="real images of the class in each step, at most")
@@ -150,40 +153,6 @@ class FrequencySampler(nn.Module):
         a = self.layers(noise)
         rows = a.repeat(-(-self.frequencies // len(a)), 1)[: self.frequencies]
         return rows if normals is None else rows * normals
-
-
-# ---------------------------------------------------------------- batches
-
-
-class ClassBatch(NamedTuple):
-    """Real pixels (n, C, H, W) of class `label` to match; none (n = 0) for a calibration step."""
-
-    real: Tensor
-    label: int
-
-
-class ClassSteps:
-    """One epoch is one iteration: a matching step for each class in order, then the calibration passes."""
-
-    def __init__(self, real: RealImages, batch_size: int, passes: int, seed: int):
-        self.real, self.batch_size, self.passes, self.seed = real, batch_size, passes, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.real.num_classes * (1 + self.passes)
-
-    def __iter__(self) -> Iterator[ClassBatch]:
-        nothing = self.real.images[:0].float()
-        for step in range(len(self)):
-            label = step % self.real.num_classes
-            if step >= self.real.num_classes:
-                yield ClassBatch(nothing, label)
-                continue
-            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, label))
-            yield ClassBatch(self.real.sample(label, self.batch_size, generator), label)
 
 
 # ---------------------------------------------------------------- the method
@@ -283,7 +252,7 @@ class NCFM(dd.ImageDistiller):
                 self.network.load_state_dict(self.fresh().state_dict())
         else:
             share = share if self.args.networks == "interpolated" else 0.0
-            load_parameters(self.network, share * self.initial[k] + (1 - share) * self.trained[k])
+            load_parameters(self.network, torch.lerp(self.trained[k], self.initial[k], share))
         if self.args.calibration_passes:
             load_parameters(self.classifier, self.trained[k])
         self.rate_factor = float(self.plateau[2])
@@ -392,33 +361,11 @@ def stages(config: dd.Run, context: RunContext) -> list[Stage]:
     return [experts, dd.synthetic_stage(problem, build)]
 
 
-def spread(problem: dd.Problem, saved: SyntheticSet, networks: int = 3) -> float | None:
-    """Trace of the features' covariance within a class, synthetic over real, on random networks that nothing has seen.
-
-    Mean over classes and networks of the ratio; features of length 1. None where a class has one image only.
-    """
-    inputs, labels = saved.tensors()
-    if int(torch.bincount(labels).min()) < 2:
-        return None
-    ratios = []
-    for k in range(networks):
-        with seeded(mix(problem.config.seed, 47, k)), torch.no_grad():
-            network = problem.network().eval()
-            for label, indices in enumerate(problem.train.indices):
-                real = problem.preprocessing().inputs(problem.train.pixels(indices[:512]))
-                traces = []
-                for images in (inputs[labels == label][:512], real):
-                    features = network.forward_head(network.forward_features(images), pre_logits=True)
-                    traces.append(float(F.normalize(features, dim=1).var(0).sum()))
-                ratios.append(traces[0] / traces[1])
-    return sum(ratios) / len(ratios)
-
-
 def evaluate(config: dd.Run, artefacts: Artefacts) -> dict[str, Any]:
     """The shared metrics, and `spread`: 1 where a class's images are as varied as the real ones."""
     problem = dd.Problem.of(config)
     result = dd.evaluate(config, artefacts, problem=problem)
-    ratio = spread(problem, SyntheticSet.load(artefacts["synthetic"]))
+    ratio = dd.feature_spread(problem, SyntheticSet.load(artefacts["synthetic"]))
     return result if ratio is None else {**result, "spread": ratio}
 
 

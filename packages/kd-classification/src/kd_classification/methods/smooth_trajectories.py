@@ -21,6 +21,8 @@ and the alignment sturdier: representative first images (k-means on an expert's 
 that networks see. s is drawn from 0 .. S_max - 1. With gamma = 1, lambda = 0, a = 0, omega = 1, mu = 0, m_M alone,
 random first images and experts without momentum it is MTT. The numbers of the equations are this file's; the values
 are those of the authors' code, shenjiyuan123/AST-Alignment-with-Smooth-Expert, which the paper's setting is taken from.
+So is the norm in (1), over the channels of each pixel; `penalty_norm: image` takes it over the image, as gradient
+penalties usually do (arXiv 1704.00028). Which of the two the paper means is not confirmed.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from kdcore.stages import Artefacts, RunContext, Stage
 from kdcore.training import TrainSetup
 
 Intermediate = Literal["aggregate", "adaptive", "none"]
+PenaltyNorm = Literal["pixel", "image"]
 
 
 class SmoothTrajectoriesConfig(MethodConfig):
@@ -59,6 +62,9 @@ class SmoothTrajectoriesConfig(MethodConfig):
     clipping: float = Field(0.5, gt=0, le=1, description="gamma of epoch 0, the damped loss of the experts; 1: none")
     clipping_epochs: int = Field(10, ge=1, description="epochs over which gamma rises to 1")
     gradient_penalty: float = Field(2.0, ge=0, description="lambda, weight of the experts' gradient penalty")
+    penalty_norm: PenaltyNorm = Field(
+        "pixel", description="what is to have gradients of length 1: each pixel over its channels, or the whole image"
+    )
     restart_momentum: bool = Field(True, description="experts: momentum starts anew at each milestone of the rate")
     steps: int = Field(20, ge=1, description="N, inner steps on the synthetic images")
     expert_epochs: int = Field(3, ge=1, description="M, epochs of the expert that these steps are to cover")
@@ -83,13 +89,14 @@ def clipping_coefficient(epoch: int, start: float = 0.5, epochs: int = 10) -> fl
     return min(1.0, start + (1 - start) * epoch / epochs)
 
 
-def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
+def gradient_penalty(logits: Tensor, inputs: Tensor, norm: PenaltyNorm = "pixel") -> Tensor:
     """Mean over images and pixels of ( ||g||_2 over channels - 1 )^2, g the gradient of the summed logits, (1).
 
-    logits (B, K) with the graph to inputs (B, C, H, W) -> scalar with the graph to the weights.
+    logits (B, K) with the graph to inputs (B, C, H, W) -> scalar with the graph to the weights. `image`: mean over
+    images, the norm over all of an image's values.
     """
     g = torch.autograd.grad(logits.sum(), inputs, create_graph=True)[0]
-    return (g.norm(dim=1) - 1).square().mean()
+    return ((g if norm == "pixel" else g.flatten(1)).norm(dim=1) - 1).square().mean()
 
 
 class SmoothExpert(ExpertTraining):
@@ -105,7 +112,8 @@ class SmoothExpert(ExpertTraining):
         terms = LossTerms(ce=(gamma, self.cross_entropy(inputs, batch.labels)))
         if self.args.gradient_penalty > 0:
             seen = inputs.detach().requires_grad_()
-            terms["penalty"] = (self.args.gradient_penalty, gradient_penalty(self.student(seen), seen))
+            penalty = gradient_penalty(self.student(seen), seen, self.args.penalty_norm)
+            terms["penalty"] = (self.args.gradient_penalty, penalty)
         return terms
 
     def players(self) -> list[Player]:
@@ -309,7 +317,7 @@ def stages(config: dd.Run, context: RunContext) -> list[Stage]:
     problem = dd.Problem.of(config)
     dd.check(problem, context, learns_rate=True)
     check(config)
-    of_experts = {"clipping", "clipping_epochs", "gradient_penalty", "restart_momentum"}
+    of_experts = {"clipping", "clipping_epochs", "gradient_penalty", "penalty_norm", "restart_momentum"}
     identity = {"smooth": config.method_args.model_dump(include=of_experts)}
     return [
         dd.expert_stage(problem, make_expert, identity),
