@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kd_classification.data import Batch, DataConfig, load_data, long_tailed_counts
+from kd_classification.data import AugmentConfig, Batch, DataConfig, load_data, long_tailed_counts
 from kd_classification.engine.sam import perturbation, sam_loss
 from kd_classification.methods.deit_lt import (
     DeiTLT,
@@ -22,8 +22,9 @@ from kd_classification.methods.deit_lt import (
     tokens,
     two_logits,
 )
+from kd_classification.runs import supervised_setup
 from kd_classification.testing import stock_classifier
-from kdcore.config import read_yaml
+from kdcore.config import TrainConfig, read_yaml
 from kdcore.errors import InputError
 from kdcore.method import arm_config, find_config, load_config
 from kdcore.run import train
@@ -249,6 +250,16 @@ def test_tokens_are_what_the_heads_read():
     assert not torch.allclose(cls, dist)
 
 
+def test_repeated_augmentation_reaches_the_student():
+    augment = AugmentConfig(crop="pad", padding=1, rotation=10, repeats=3)
+    data = load_data(DataConfig(per_class=4, augment=augment))
+    distiller = DeiTLT(Linear(), vit(10), torch.ones(10))
+    first = next(iter(supervised_setup(distiller, data, TrainConfig(epochs=1, batch_size=6), 0).loader))
+    assert first.index[0] == first.index[1] == first.index[2]
+    assert len(first.index.unique()) == 2
+    assert not torch.equal(first.images[0], first.images[1])
+
+
 def test_accuracy_of_head_mid_and_tail():
     labels = torch.tensor([0, 0, 1, 1, 2, 3])
     answers = torch.tensor([0, 0, 1, 0, 2, 0])
@@ -321,6 +332,10 @@ def test_configs_say_what_they_are():
         1200,
     )
     assert paper.data.imbalance == 0.01
+    assert (paper.data.augment.repeats, paper.teacher.augment.repeats) == (3, 1)
+    assert paper.teacher.interpolation == "bicubic"
+    assert paper.train.optimizer.lr == pytest.approx(5e-4 * paper.train.batch_size / 512)
+    assert paper.train.optimizer.lr * paper.train.schedule.min_ratio == pytest.approx(1e-5)
 
 
 @pytest.mark.slow

@@ -142,6 +142,20 @@ def test_further_scores():
         parc(f[:2], y[:2])
 
 
+def test_parc_of_principal_components():
+    f, y = problem(3, n=15, width=8)
+    centred = f - f.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+    # PARC sees the signs, which are free: here as scikit-learn fixes them, the largest entry of an axis positive
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    reduced = parc(f, y, components=3)
+    assert reduced == pytest.approx(parc(centred @ axes.T, y), abs=1e-9)
+    assert reduced != pytest.approx(parc(f, y), abs=1e-3)
+    q = torch.full((15, 2), 0.5)
+    scores, plain = similarity_scores(f, q, y, components=3), similarity_scores(f, q, y)
+    assert scores == {**plain, "parc": reduced}
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -240,6 +254,24 @@ def test_sources_are_frozen_in_eval_mode_and_may_have_other_classes():
     wrong = DistillWeighted(student(), {"a": (1.0, source(3), 4)})
     with pytest.raises(InputError, match="the source's classes"):
         wrong.loss(pair())
+
+
+def test_one_source_of_weight_one_is_distilling_from_it():
+    """DistillWeighted with a = 1 against lambda L_sup + (1 - lambda) L_s, written out, in value and gradient."""
+    distiller, batch = DistillWeighted(student(), {"a": (1.0, source(3), 3)}, supervised=0.7).double().eval(), pair()
+    batch = Pair(*(part._replace(images=part.images.double()) for part in batch))
+    network, head = distiller.student, distiller.heads["a"]
+    images = torch.cat([batch.labelled.images, batch.unlabelled.images])
+    features = network.forward_head(network.forward_features(images), pre_logits=True)
+    with torch.no_grad():
+        q = distiller.sources["a"](batch.unlabelled.images).softmax(1)
+    taught = -(q * head(features[5:]).log_softmax(1)).sum(1).mean()
+    expected = 0.7 * F.cross_entropy(network.fc(features[:5]), batch.labelled.labels) + 0.3 * taught
+    found = distiller.loss(batch).total()
+    torch.testing.assert_close(found, expected)
+    parameters = [*network.parameters(), *head.parameters()]
+    for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_labelled_and_unlabelled_images_go_through_in_one_pass():

@@ -78,6 +78,9 @@ def test_adapted_teacher_gets_its_normalisation_and_size(data):
     torch.testing.assert_close(logits, behind(given))
     assert features.shape[1] == feature_width(behind) == 16
     assert adapted(model, data, small()) is model
+    smooth = adapted(model, data, small(mean=[0.5], std=[0.25], input_size=48, interpolation="bicubic"))
+    larger = torch.nn.functional.interpolate(given, (48, 48), mode="bicubic", antialias=True)
+    torch.testing.assert_close(smooth.adapt(given), larger * smooth.scale + smooth.shift)
 
 
 def test_checkpoint_folder_file_and_pth(data, tmp_path):

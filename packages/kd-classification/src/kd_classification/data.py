@@ -52,6 +52,9 @@ class AugmentConfig(Config):
     auto_augment: str | None = Field(None, description="timm policy string, for example rand-m9-n2-mstd0.5")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
     erasing_area: tuple[float, float] = Field((0.02, 1 / 3), description="area share that erasing takes")
+    repeats: int = Field(
+        1, ge=1, description="copies of an image in a row, each augmented anew; an epoch keeps its length"
+    )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 is off")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 is off")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, with mixup or cutmix on")
@@ -148,12 +151,16 @@ class Images(Dataset[Any]):
         """The same images under other labels (N,)."""
         return Images(self.split, labels, self.transform, (self.mean, self.std))
 
-    def loader(self, batch_size: int, *, seed: int = 0, train: bool = False, num_workers: int = 0) -> DataLoader[Any]:
-        """Batches in a seeded random order without the incomplete last one (train), or all in order."""
+    def loader(
+        self, batch_size: int, *, seed: int = 0, train: bool = False, num_workers: int = 0, repeats: int = 1
+    ) -> DataLoader[Any]:
+        """Batches in a seeded random order without the incomplete last one (train), or all in order.
+
+        `repeats`: copies of each image in a row, as `AugmentConfig.repeats`.
+        """
         size = min(batch_size, len(self)) if train else batch_size
-        return seeded_loader(
-            self, size, seed=seed, shuffle=train, drop_last=train, num_workers=num_workers, collate=collate
-        )
+        order = {"seed": seed, "shuffle": train, "drop_last": train, "repeats": repeats}
+        return seeded_loader(self, size, **order, num_workers=num_workers, collate=collate)
 
 
 def collate(items: Any) -> Batch:

@@ -139,6 +139,8 @@ def check(config: Run, data: MultiData) -> None:
     augment = config.data.augment
     if augment.mixup or augment.cutmix:
         raise InputError("data.augment.mixup, cutmix: not for this method")
+    if augment.repeats > 1:
+        raise InputError(f"data.augment.repeats = {augment.repeats}: must be 1 for this method")
     if config.teacher.cache is not None:
         raise InputError("teacher.cache: not for this method, which needs the teacher's feature maps")
     for field, model, train in (

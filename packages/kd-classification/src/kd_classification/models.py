@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,7 @@ class ModelConfig(Config):
     pretrained: bool = Field(False, description="start from timm's pretrained weights (needs its hub or cache)")
     checkpoint: str | None = Field(None, description="start from a saved folder, a .safetensors or a .pth file")
     input_size: int | None = Field(None, ge=4, description="side the model wants; images are resized to it")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="how they are resized to input_size")
     mean: list[float] | None = Field(None, description="normalisation the model wants; None is that of the data")
     std: list[float] | None = Field(None, description="normalisation the model wants; None is that of the data")
 
@@ -152,9 +153,10 @@ class Adapted(nn.Module):
         own_mean: Sequence[float] | None = None,
         own_std: Sequence[float] | None = None,
         size: int | None = None,
+        interpolation: str = "bilinear",
     ):
         super().__init__()
-        self.model, self.size = model, size
+        self.model, self.size, self.interpolation = model, size, interpolation
         given_mean, given_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         wanted_mean, wanted_std = (
             torch.tensor(values).view(1, -1, 1, 1) for values in (own_mean or mean, own_std or std)
@@ -165,7 +167,7 @@ class Adapted(nn.Module):
     def adapt(self, images: Tensor) -> Tensor:
         """Images in the other model's normalisation and size -> in this model's."""
         if self.size is not None and images.shape[-1] != self.size:
-            images = interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+            images = interpolate(images, (self.size, self.size), mode=self.interpolation, antialias=True)
         return images * self.scale + self.shift
 
     def forward(self, images: Tensor) -> Tensor:
@@ -190,7 +192,8 @@ def adapted(model: nn.Module, data: Data, config: ModelConfig, *, field: str = "
     same = (config.mean or data.mean) == data.mean and (config.std or data.std) == data.std
     if same and config.input_size in (None, data.image_size):
         return model
-    return Adapted(model, data.mean, data.std, own_mean=config.mean, own_std=config.std, size=config.input_size)
+    own = {"own_mean": config.mean, "own_std": config.std, "size": config.input_size}
+    return Adapted(model, data.mean, data.std, **own, interpolation=config.interpolation)
 
 
 def penultimate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,8 @@ def load_backbone(network: nn.Module, folder: Path) -> None:
 
 
 def pretraining_loader(data: Data, train: TrainConfig, seed: int) -> Any:
-    return data.train.loader(train.batch_size, seed=seed, train=True, num_workers=train.num_workers)
+    repeats, workers = data.config.augment.repeats, train.num_workers
+    return data.train.loader(train.batch_size, seed=seed, train=True, num_workers=workers, repeats=repeats)
 
 
 def masked_teacher_stage(config: Run, data: Data, *, name: str = "teacher") -> Stage:

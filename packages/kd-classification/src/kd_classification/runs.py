@@ -130,7 +130,8 @@ def supervised_setup(
         def evaluate(network: nn.Module) -> dict[str, float]:
             return m.classification_metrics(*m.predict(network, held_out))
 
-    loader = images.loader(train.batch_size, seed=seed, train=True, num_workers=train.num_workers)
+    repeats, workers = data.config.augment.repeats, train.num_workers
+    loader = images.loader(train.batch_size, seed=seed, train=True, num_workers=workers, repeats=repeats)
     return TrainSetup(distiller, loader, evaluate)
 
 

@@ -102,9 +102,13 @@ ON_FEATURES: dict[str, Callable[[Tensor, Tensor], float]] = {
 ON_PROBABILITIES: dict[str, Callable[[Tensor, Tensor], float]] = {"leep": leep, "nce": nce}
 
 
-def similarity_scores(features: Tensor, probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """Every score that needs no reference model, by name."""
+def similarity_scores(
+    features: Tensor, probabilities: Tensor, labels: Tensor, *, components: int | None = None
+) -> dict[str, float]:
+    """Every score that needs no reference model, by name. `components`: of PARC."""
     scores = {name: score(features, labels) for name, score in ON_FEATURES.items()}
+    if components is not None:
+        scores["parc"] = parc(features, labels, components=components)
     return {**scores, **{name: score(probabilities, labels) for name, score in ON_PROBABILITIES.items()}}
 
 

@@ -72,6 +72,9 @@ class DistillNearestConfig(MethodConfig):
         "nearest", description="sources: the best scored, all weighted by score, (control) the worst, or those named"
     )
     score: Score = Field("parc", description="similarity of a source to the target task")
+    components: int | None = Field(
+        None, ge=2, description="principal components of the features that PARC sees, 32 in its library; None: all"
+    )
     power: float = Field(9.0, ge=0, description="p of the weights a_s; 0 counts all sources alike")
     supervised: float = Field(0.8, ge=0, le=1, description="lambda, weight of the labels; 1 is training on them alone")
     temperature: float = Field(1.0, gt=0, description="T of the sources' probabilities")
@@ -253,7 +256,8 @@ class Sources:
         pairs = [penultimate(network, batch.images.to(device)) for batch in images.loader(256)]
         features, logits = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
         try:
-            return similarity_scores(features, logits.softmax(dim=1), images.labels)
+            components = self.config.method_args.components
+            return similarity_scores(features, logits.softmax(dim=1), images.labels, components=components)
         except InputError as error:
             raise InputError(f"sources.{source.label}: {error}") from None
 
@@ -329,6 +333,8 @@ def check(config: DistillNearestRun, data: Data, parts: Parts) -> None:
         )
     if config.data.augment.mixup or config.data.augment.cutmix:
         raise InputError("data.augment.mixup, cutmix: not for this method, whose images have no common label")
+    if config.data.augment.repeats > 1:
+        raise InputError(f"data.augment.repeats = {config.data.augment.repeats}: must be 1 for this method")
     runs.check_monitor(config.train, data, "train", m.VALIDATION)
     for source in config.sources:
         field = f"sources.{source.label}"

@@ -223,9 +223,9 @@ class TeacherTraining:
         (folder / "selection.json").write_text(json.dumps(selection, indent=2))
 
     def _loader(self) -> Any:
-        train = self.train
+        train, repeats = self.train, self.data.config.augment.repeats
         return self.data.train.loader(
-            train.batch_size, seed=self.config.seed, train=True, num_workers=train.num_workers
+            train.batch_size, seed=self.config.seed, train=True, num_workers=train.num_workers, repeats=repeats
         )
 
 
