@@ -370,6 +370,18 @@ def test_alpha_of_two_networks_is_the_formula_on_their_probabilities():
         u, g = (network(images).softmax(1) for network in networks)
     y = F.one_hot(data.validation.labels, 10)
     assert found.raw == pytest.approx(float(((y - g) * (u - g)).sum() / ((u - g) ** 2).sum()), rel=1e-5)
+    # the same as an option of the distiller
+    teacher, student = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+    options = {"fits": tuple(networks), "held_out": data.validation}
+    automatic = SelfDistillation(teacher, student, alpha="auto", **options)
+    assert (automatic.alpha, automatic.estimate) == (found.alpha, found)
+    free = SelfDistillation(teacher, student, alpha="auto", clip=False, **options)
+    assert free.alpha == found.raw
+    batch_ = Batch(images[:4], torch.arange(4), torch.arange(4))
+    given = SelfDistillation(teacher, student, alpha=found.raw).loss(batch_)
+    torch.testing.assert_close(free.loss(batch_).total(), given.total())
+    with pytest.raises(InputError, match="needs fits"):
+        SelfDistillation(teacher, student, alpha="auto", held_out=data.validation)
 
 
 # ---------------------------------------------------------------- runs

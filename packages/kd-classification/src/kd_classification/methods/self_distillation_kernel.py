@@ -99,13 +99,35 @@ def norm_penalty(parameters: Iterable[Tensor]) -> Tensor:
 
 
 class SelfDistillation(ClassifierDistiller):
-    """One round: `teacher` is the last round's network, None in round 1. `alpha` and `penalty` as in the config."""
+    """One round: `teacher` is the last round's network, None in round 1. `alpha` and `penalty` as in the config.
 
-    def __init__(self, teacher: nn.Module | None, student: nn.Module, *, alpha: float = 1.0, penalty: float = 1e-4):
+    alpha "auto" is `estimate_alpha` of `fits`, round 1's network and one trained on the teacher alone, on `held_out`
+    images, limited to [0, 1] with `clip`; the attribute `estimate` has the raw value, too.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        *,
+        alpha: float | Literal["auto"] = 1.0,
+        penalty: float = 1e-4,
+        fits: tuple[nn.Module, nn.Module] | None = None,
+        held_out: Images | None = None,
+        clip: bool = True,
+    ):
         super().__init__(teacher, student)
+        self.estimate: AlphaEstimate | None = None
+        if alpha == "auto":
+            if fits is None or held_out is None:
+                raise InputError(
+                    "alpha = 'auto': needs fits, the two networks to estimate it from, and held_out images"
+                )
+            self.estimate = estimate_alpha(*fits, held_out, clip=clip)
+            alpha = self.estimate.alpha
         if teacher is None and alpha != 1:
             raise InputError(f"alpha = {alpha}: a round without a teacher has alpha = 1")
-        self.alpha, self.penalty = alpha, penalty
+        self.alpha, self.penalty = float(alpha), penalty
 
     def loss(self, batch: Batch, player: str = "student") -> LossTerms:
         logits = self.student(batch.images)
