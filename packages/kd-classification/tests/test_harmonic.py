@@ -31,7 +31,13 @@ from kd_classification.heads import (
     save_harmonic,
     with_harmonic_head,
 )
-from kd_classification.methods.harmonic import Harmonic, harmonic_loss, prototype_metrics, spectrum_metrics
+from kd_classification.methods.harmonic import (
+    Harmonic,
+    features_of,
+    harmonic_loss,
+    prototype_metrics,
+    spectrum_metrics,
+)
 from kd_classification.testing import stock_classifier
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
@@ -279,18 +285,57 @@ def test_what_cannot_take_a_head_is_named():
         HarmonicHead(4, 2, n=0)
     with pytest.raises(InputError, match="width 3; the prototypes have 4"):
         HarmonicHead(4, 2)(torch.zeros(1, 3))
-    with pytest.raises(InputError, match="no single classifier"):
+    with pytest.raises(InputError, match="its classifier is NoneType; allowed: a linear layer"):
         with_harmonic_head(nn.Linear(2, 2))
-    distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32)
+    with pytest.raises(InputError, match="its classifier is Identity; allowed: a linear layer"):
+        with_harmonic_head(timm.create_model("resnet10t", num_classes=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "places"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 1}, ["head", "head_dist"]),
+        ("levit_128s", {"img_size": 64, "depth": (1, 1, 1)}, ["head.linear", "head_dist.linear"]),
+        ("repvit_m0_9", {}, ["head.head.l", "head.head_dist.l"]),
+    ],
+)
+@pytest.mark.slow
+@torch.no_grad()
+def test_classifiers_in_pairs_and_behind_a_norm(name, options, places, tmp_path):
+    torch.manual_seed(0)
+    data = load_data(DataConfig(image_size=64 if "levit" in name else 32, channels=3, per_class=2))
+    model = timm.create_model(name, num_classes=10, **options)
+    images = next(iter(data.test.loader(4))).images
+    assert heads.classifier_names(model) == places
+    with_harmonic_head(model, distance="euclidean").train()
+    model(images)  # moves the statistics of a norm before the classifier
+    model.eval()
+    assert all(isinstance(model.get_submodule(place), HarmonicHead) for place in places)
+    scores = [[] for _ in places]
+    for place, seen in zip(places, scores, strict=True):
+        model.get_submodule(place).register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+    torch.testing.assert_close(model(images), sum(seen[0] for seen in scores) / len(places))
+    save_harmonic(model, tmp_path, data)
+    torch.testing.assert_close(load_harmonic(tmp_path).eval()(images), model(images))
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 0
     with pytest.raises(InputError, match="no single classifier"):
-        with_harmonic_head(distilled)
+        heads.classifier_name(model)
+
+
+def test_features_are_what_the_classifier_reads():
+    data = load_data(DataConfig(image_size=32, channels=3, per_class=2))
+    torch.manual_seed(0)
+    model = with_harmonic_head(timm.create_model("resnet10t", num_classes=10), distance="cosine").eval()
+    found, images = features_of(model, data.train_plain), next(iter(data.train_plain.loader(20))).images
+    with torch.no_grad():
+        torch.testing.assert_close(model.fc(found), model(images))
 
 
 def test_a_broken_head_file_is_named(tmp_path):
     data = load_data(DataConfig(per_class=2))
     model = with_harmonic_head(timm.create_model("resnet10t", num_classes=10, in_chans=1))
     save_harmonic(model, tmp_path, data)
-    (tmp_path / "harmonic.json").write_text(json.dumps({"classifier": "fc", "head": {"width": 3}}))
+    (tmp_path / "harmonic.json").write_text(json.dumps({"heads": {"fc": {"width": 3}}, "linear_export": True}))
     with pytest.raises(InputError, match="not a harmonic head"):
         load_harmonic(tmp_path)
 
@@ -354,7 +399,7 @@ def test_a_run_ships_a_stock_network_and_its_head(tmp_path):
     with torch.no_grad():
         answers = torch.cat([student(b.images).argmax(1) for b in data.test.loader(512)])
     assert float((answers == data.test.labels).double().mean()) == pytest.approx(metrics["student/accuracy"])
-    assert json.loads((tmp_path / "run/student/harmonic.json").read_text())["head"]["distance"] == "cosine"
+    assert json.loads((tmp_path / "run/student/harmonic.json").read_text())["heads"]["fc"]["distance"] == "cosine"
     samples = method.predict(config, {"student": tmp_path / "run/student"}, 4)
     assert len(samples) == 4
 

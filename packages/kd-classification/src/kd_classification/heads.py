@@ -7,8 +7,9 @@ temperature T on them is the exponent n / T. They are computed in log space, in 
 
     model = with_harmonic_head(timm.create_model("resnet18", num_classes=10), distance="cosine")
 
-Any timm network takes a head. Euclidean, cosine and Mahalanobis heads have a linear layer with the same argmax, which
-is what `save_harmonic` puts into the timm folder; the head itself lies beside it and `load_harmonic` puts it back.
+Any timm network takes a head, a distilled one two. Euclidean, cosine and Mahalanobis heads have a linear layer with the
+same argmax, which is what `save_harmonic` puts into the timm folder; the head itself lies beside it and `load_harmonic`
+puts it back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -288,47 +290,77 @@ class HarmonicHead(nn.Module):
 # ---------------------------------------------------------------- in a timm network
 
 
+def classifier_names(model: nn.Module) -> list[str]:
+    """Names of the linear or harmonic layers that give a timm network's logits: one, or two where it is distilled.
+
+    They may lie deeper than `get_classifier` says, behind a norm. InputError where there is none.
+    """
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    parts = found if isinstance(found, tuple) else (found,)
+    layers = [
+        layer
+        for part in parts
+        if isinstance(part, nn.Module)
+        for layer in part.modules()
+        if part is layer or _outputs(layer) == getattr(model, "num_classes", None)
+        if _outputs(layer) is not None
+    ]
+    if not layers:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise InputError(f"{type(model).__name__}: its classifier is {kinds}; allowed: a linear layer")
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    """Outputs of a layer that a `HarmonicHead` can stand for, or of one; None for any other."""
+    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+        return layer.weight.shape[0]
+    return layer.num_classes if isinstance(layer, HarmonicHead) else None
+
+
 def classifier_name(model: nn.Module) -> str:
-    """The name of the classifier module of a timm network. InputError where it has none, or several."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    if not isinstance(classifier, nn.Module):
-        raise InputError(f"{type(model).__name__}: has no single classifier to replace (get_classifier)")
-    return next(name for name, module in model.named_modules() if module is classifier)
+    """The name of a timm network's only classifier layer. InputError where it has none, or several."""
+    names = classifier_names(model)
+    if len(names) > 1:
+        raise InputError(f"{type(model).__name__}: has no single classifier, but {', '.join(names)}")
+    return names[0]
 
 
 def with_harmonic_head(model: nn.Module, **settings: Any) -> nn.Module:
-    """Puts a `HarmonicHead` in the place of a timm network's linear classifier, in place; the arguments are its own."""
-    name = classifier_name(model)
-    old = model.get_submodule(name)
-    is_convolution = isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1)
-    if not isinstance(old, nn.Linear) and not is_convolution:
-        raise InputError(f"{type(model).__name__}: its classifier is {type(old).__name__}; allowed: a linear layer")
-    classes, width = old.weight.shape[:2]
-    head = HarmonicHead(width, classes, channels_first=is_convolution, **settings)
-    model.set_submodule(name, head.to(old.weight.device, old.weight.dtype))
+    """Puts a `HarmonicHead` in the place of a timm network's linear classifier, in place; the arguments are its own.
+
+    A distilled network gets one for each of its classifiers, whose scores it averages as it averaged logits.
+    """
+    for name in classifier_names(model):
+        old = model.get_submodule(name)
+        classes, width = old.weight.shape[:2]
+        head = HarmonicHead(width, classes, channels_first=isinstance(old, nn.Conv2d), **settings)
+        model.set_submodule(name, head.to(old.weight.device, old.weight.dtype))
     return model
 
 
 def save_harmonic(model: nn.Module, folder: Path, data: Data) -> None:
-    """A timm folder, and the head beside it if it is harmonic.
+    """A timm folder, and its harmonic heads beside it.
 
-    The folder's own classifier is the linear layer of the same argmax; a distance without one leaves a backbone
-    (num_classes 0), so that stock timm never opens a wrong classifier.
+    The folder's own classifier is the linear layer of the same argmax; a distance without one, and two classifiers,
+    whose average has none, leave a backbone (num_classes 0), so that stock timm never opens a wrong classifier.
     """
-    name = classifier_name(model)
-    head = model.get_submodule(name)
-    if not isinstance(head, HarmonicHead):
+    heads = {name: model.get_submodule(name) for name in classifier_names(model)}
+    if not all(isinstance(head, HarmonicHead) for head in heads.values()):
         save_model(model, folder, data)
         return
     plain = copy.deepcopy(model)
-    linear = head.linear()
+    (name, first), several = next(iter(heads.items())), len(heads) > 1
+    linear = None if several else first.linear()  # type: ignore[operator]
     if linear is None:
         plain.reset_classifier(0)
     else:
-        plain.set_submodule(name, _linear_layer(head, *linear))
+        plain.set_submodule(name, _linear_layer(first, *linear))  # type: ignore[arg-type]
     save_model(plain, folder, data)
-    save_file({key: value.contiguous().cpu() for key, value in head.state_dict().items()}, folder / FILES[0])
-    record = {"classifier": name, "linear_export": linear is not None, "head": head.settings}
+    kept, inside = plain.state_dict(), tuple(f"{name}." for name in heads)
+    state = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if k.startswith(inside) or k not in kept}
+    save_file(state, folder / FILES[0])  # the heads, and the norms that go with a classifier
+    record = {"heads": {name: head.settings for name, head in heads.items()}, "linear_export": linear is not None}
     (folder / FILES[1]).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
@@ -341,18 +373,23 @@ def _linear_layer(head: HarmonicHead, weight: Tensor, bias: Tensor) -> nn.Module
 
 
 def load_harmonic(folder: Path, *, field: str = "model") -> nn.Module:
-    """What `save_harmonic` wrote, with its head; a folder without one is a plain timm network. InputError on a broken
+    """What `save_harmonic` wrote, with its heads; a folder without one is a plain timm network. InputError on a broken
     one."""
     model = load_model(folder, field=field)
     path = folder / FILES[1]
     if not path.is_file():
         return model
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        head = HarmonicHead(**record["head"])
-        head.load_state_dict(load_weights(folder / FILES[0]))
-        model.set_submodule(record["classifier"], head)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        record, state = json.loads(path.read_text(encoding="utf-8")), load_weights(folder / FILES[0])
+        heads = {name: HarmonicHead(**settings) for name, settings in record["heads"].items()}
+        classes = next(iter(heads.values())).num_classes
+        if not record["linear_export"]:  # a backbone: the places of the heads are made anew
+            pairs = len(heads) > 1 and "distillation" in signature(model.reset_classifier).parameters
+            model.reset_classifier(classes, **({"distillation": True} if pairs else {}))
+        for name, head in heads.items():
+            model.set_submodule(name, head)
+        model.load_state_dict({**model.state_dict(), **state})
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, StopIteration) as error:
         raise InputError(f"{field}.checkpoint = {folder}: not a harmonic head ({error})") from None
-    model.num_classes = head.num_classes
+    model.num_classes = classes
     return model

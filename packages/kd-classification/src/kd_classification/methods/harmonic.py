@@ -43,7 +43,7 @@ from kd_classification.heads import (
     save_harmonic,
     with_harmonic_head,
 )
-from kd_classification.models import ModelConfig, create_model, penultimate
+from kd_classification.models import ModelConfig, create_model
 from kd_classification.runs import TeacherConfig
 from kdcore.config import MethodConfig, MethodRunConfig
 from kdcore.distiller import LossTerms
@@ -134,10 +134,17 @@ def prototypes(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def features_of(model: nn.Module, images: Images) -> Tensor:
-    """The penultimate features (N, D), in eval mode."""
-    model = model.eval()
+    """What the classifier reads of every image (N, D), in eval mode."""
+    model, found = model.eval(), []
     device = next(model.parameters()).device
-    return torch.cat([penultimate(model, batch.images.to(device))[0].cpu() for batch in images.loader(512)])
+    head = model.get_submodule(classifier_name(model))
+    handle = head.register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(1).cpu()))
+    try:
+        for batch in images.loader(512):
+            model(batch.images.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(found)
 
 
 def prototype_metrics(weights: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:
@@ -178,6 +185,10 @@ def spectrum_metrics(features: Tensor, *, samples: int = 2000, components: int =
 def create_student(config: HarmonicRun, data: Data) -> nn.Module:
     student = create_model(config.student, data, field="student")
     args = config.method_args
+    try:
+        classifier_name(student)
+    except InputError as error:
+        raise InputError(f"student.name = '{config.student.name}': {error}") from None
     return student if args.head == "linear" else with_harmonic_head(student, **args.head_settings)
 
 
