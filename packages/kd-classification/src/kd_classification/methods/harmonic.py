@@ -16,7 +16,7 @@ the exponent n / T. That is ours, and off by default: with a teacher
 
     L = (1 - a) CE(z, y) + a T^2 KL( softmax(z_t / T) || softmax(z / T) )
 
-The released vision code has two paths: one takes log d^-n, as here, the other (MLP, CNN) minus d^-n as the logits, which
+The released vision code has two paths: one takes log d^-n as logits, as here, the other (MLP, CNN) minus d^-n, which
 pushes a class away from its prototype; that one is not offered.
 
 Backbone and prototypes train together from scratch and ship together. Euclidean, cosine and Mahalanobis heads also have
