@@ -60,6 +60,7 @@ def test_run_leaves_metrics_log_and_a_report(finished):
 
     folder, metrics = finished
     assert {"student/mAP", "teacher/mAP", "student/mAP_1m", "student/ATE", "student/parameters"} <= set(metrics)
+    assert {"foreground_gap", "background_gap", "relation_gap", "clutter_detections"} <= set(metrics)
     assert metrics["student/parameters"] != metrics["teacher/parameters"]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     student = [r for r in records if r["stage"] == "student"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_detection3d import metrics, scenes
+from kd_detection3d import metrics, pictures, scenes
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_points_lie_on_boxes_and_ground_and_the_picture_shows_the_boxes():
     assert points[near, 3].max() < 0.25
 
 
+def test_spray_is_in_the_air_and_no_object():
+    clouds = [scenes.spray(np.random.default_rng(seed)) for seed in range(20)]
+    points = np.concatenate(clouds)
+    assert points.dtype == np.float32
+    assert all(10 < len(cloud) <= 5 * 24 for cloud in clouds)
+    assert (points[:, 2] > scenes.GROUND).all()
+    assert 0.2 < points[:, 2].mean() - scenes.GROUND < 1.5
+    assert ((points[:, 3] >= 0.05) & (points[:, 3] <= 0.3)).all()
+    assert np.array_equal(scenes.spray(np.random.default_rng(3)), clouds[3])
+
+
 def test_files_follow_kittis_layout_and_are_the_same_again(root, tmp_path):
     infos = json.loads((root / "kitti_infos_val.json").read_text())
     assert infos["metainfo"]["categories"] == {"Pedestrian": 0, "Cyclist": 1, "Car": 2}
@@ -85,6 +96,20 @@ def test_perfect_and_empty_predictions():
     assert math.isnan(none["ATE"])
 
 
+def test_detections_on_clutter():
+    truth = frame((10, 0, 0, 2))
+    paint = np.array([[10.5, 0.5, 1, 1, 0], [5, 5, 1, 1, 0], [20, -3, 1, 1, 0]])
+    found = frame(
+        *((x, y, 0, 2) for x, y in ((10.4, 0.4), (5.2, 5.2), (5, 6.1), (20, -3), (15, 0))),
+        scores=[0.9, 0.9, 0.9, 0.2, 0.9],
+    )
+    # Of five: one is right, one on a patch, one beside it, one too weak, one elsewhere.
+    assert metrics.on_clutter(found, truth, paint) == 1
+    assert metrics.on_clutter(found, truth, paint, score=0.1, near=1.5) == 3
+    assert metrics.on_clutter(found, frame(), paint) == 2
+    assert metrics.on_clutter(frame(), truth, paint) == 0
+
+
 def test_a_true_box_is_matched_once_by_the_best_score_within_the_threshold():
     truth = [frame((0, 0, 0, 0), (10, 0, 0, 0))]
     found = [frame((0.2, 0, 0, 0), (0.1, 0, 0, 0), (10.9, 0, 0, 0), scores=[0.9, 0.8, 0.7])]
@@ -99,3 +124,19 @@ def test_a_true_box_is_matched_once_by_the_best_score_within_the_threshold():
     grid = np.interp(np.linspace(0, 1, 101), [0.5, 0.5, 1.0], [1, 0.5, 2 / 3], right=0)
     assert value == pytest.approx(np.maximum(grid[11:] - 0.1, 0).mean() / 0.9)
     assert 0.6 < value < 0.9
+
+
+def test_boxes_are_drawn_where_the_camera_sees_them():
+    box = np.array([[8.0, 1.0, scenes.GROUND, 4, 2, 1.6, 0.4]])
+    scene = scenes.Scene(box, np.array([2]), np.zeros((0, 5)), np.zeros(0, int))
+    picture = scenes.picture_of(scene, np.random.default_rng(0))
+    view = scenes.intrinsics() @ scenes.LIDAR2CAM
+    one = metrics.Frame(box, np.array([2]), np.ones(1))
+    drawn = pictures.camera_view(picture, view, None, one)
+    rows, columns = np.nonzero((drawn != picture).any(-1))
+    assert [columns.min(), rows.min(), columns.max(), rows.max()] == pytest.approx(scenes._bounds(box[0]), abs=1)
+    assert {tuple(pixel) for pixel in drawn[rows, columns]} == {pictures.COLOURS[2]}
+    faint = metrics.Frame(box, np.array([2]), np.full(1, 0.1))
+    behind = metrics.Frame(box * [-1, 1, 1, 1, 1, 1, 1], np.array([2]), np.ones(1))
+    assert np.array_equal(pictures.camera_view(picture, view, behind, faint), picture)
+    assert (pictures.camera_view(picture, view, one, None)[rows, columns] == 255).all()

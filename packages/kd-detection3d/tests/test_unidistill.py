@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kd_detection3d.engine.batch import DetectionBatch
-from kd_detection3d.engine.bev import Area, centre_mask, gaussian_radius, key_points, sample
+from kd_detection3d.engine.bev import Area, background, centre_mask, gaussian_radius, key_points, sample
 from kd_detection3d.methods.unidistill import (
     UniDistill,
     class_response_loss,
     crucial_point_loss,
+    gaps,
     regression_response_loss,
     relation_loss,
     relations,
@@ -85,6 +86,15 @@ def test_mask_rows_follow_y_and_duplicates_change_nothing():
     assert torch.equal(mask, centre_mask([box.repeat(3, 1), box[:0]], AREA, 8, 8))
     outside = torch.tensor([[-0.5, 3.0, 20.0, 20.0, 0.0]], dtype=torch.float64)
     assert centre_mask([outside], AREA, 8, 8).sum() == 0
+
+
+def test_background_is_where_no_box_comes_near():
+    far = background([BOX, BOX[:0]], AREA, 8, 8)
+    assert far[1].all()
+    assert not far[0, 2:4, 3:5].any()  # the four cells around (4, 3)
+    # Further than half the diagonal of 2 x 1 and a cell, 2.118 m, from the centre.
+    expected = [(row + 0.5 - 3) ** 2 + (column + 0.5 - 4) ** 2 > 2.118034**2 for row in range(8) for column in range(8)]
+    assert far[0].flatten().tolist() == expected
 
 
 # ---------------------------------------------------------------- losses
@@ -304,6 +314,24 @@ def test_a_teacher_of_batch_statistics_keeps_its_averages():
     assert values[0] != values[1]
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(module.training for module in teacher.modules())
+
+
+def test_gaps_are_those_of_the_taps():
+    made = distiller().eval()
+    frames = [batch((2, 0)), batch((1, 1))]
+    found = gaps(made, [(item, item.boxes()) for item in frames])
+    lows, relative, far = [], [], []
+    for item in frames:
+        maps = torch.stack(list(item.inputs["img"]))
+        low = [getattr(net, net.sensor)(maps) for net in (made.student, made.teacher)]
+        high = [net.pts_neck(x) for net, x in zip((made.student, made.teacher), low)]
+        points = [key_points(box) for box in item.boxes()]
+        lows.append((sample(low[0], points, made.area) - sample(low[1], points, made.area)).abs().mean((1, 2)))
+        pair = [relations(sample(x, points, made.area)) for x in high]
+        relative.append((pair[0] - pair[1]).abs().mean((1, 2)))
+        far.append((low[0] - low[1]).abs().mean(1)[background(item.boxes(), made.area, 8, 8)])
+    for name, values in (("foreground", lows), ("relation", relative), ("background", far)):
+        assert found[f"{name}_gap"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-5)
 
 
 def test_other_channels_need_a_connector():

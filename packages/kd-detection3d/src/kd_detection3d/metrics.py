@@ -98,6 +98,21 @@ def detection_scores(
     return result
 
 
+def on_clutter(
+    found: Frame, truth: Frame, paint: np.ndarray, *, score: float = 0.3, near: float = 1.0, apart: float = 2.0
+) -> int:
+    """Boxes of at least `score` within `near` metres of a painted patch and over `apart` metres from every true box.
+
+    paint: (M, >= 2), x and y of the patches.
+    """
+    centres = found.boxes[found.scores >= score, :2]
+    distance = lambda places: np.hypot(*(centres[:, None] - places[None, :, :2]).transpose(2, 0, 1))  # noqa: E731
+    if not len(centres) or not len(paint):
+        return 0
+    false = (distance(truth.boxes) > apart).all(1) if len(truth.boxes) else np.ones(len(centres), bool)
+    return int(((distance(np.asarray(paint)) <= near).any(1) & false).sum())
+
+
 def _errors(found: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
     shared = np.minimum(found[3:6], true[3:6]).prod()
     iou = shared / (found[3:6].prod() + true[3:6].prod() - shared)

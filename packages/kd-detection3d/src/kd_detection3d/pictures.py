@@ -1,4 +1,4 @@
-"""Pictures of frames from above: the LiDAR's points, true boxes and predicted ones."""
+"""Pictures of frames: from above, the LiDAR's points, true boxes and predicted ones; boxes in a camera's picture."""
 
 from __future__ import annotations
 
@@ -46,6 +46,43 @@ def _corners(box: np.ndarray) -> np.ndarray:
     cos, sin = np.cos(box[6]), np.sin(box[6])
     local = np.array([[0.5, 0.5], [0.5, -0.5], [-0.5, -0.5], [-0.5, 0.5]]) * box[3:5]
     return box[:2] + local @ np.array([[cos, sin], [-sin, cos]])
+
+
+_EDGES = ((0, 1), (0, 2), (0, 4), (1, 3), (1, 5), (2, 3), (2, 6), (3, 7), (4, 5), (4, 6), (5, 7), (6, 7))
+
+
+def camera_view(
+    image: np.ndarray, lidar2img: np.ndarray, truth: Frame | None, found: Frame | None, *, least: float = 0.3
+) -> np.ndarray:
+    """The RGB uint8 picture (H, W, 3) with the edges of true boxes in white, of predicted ones in their class's colour.
+
+    lidar2img (4, 4): from the boxes' frame into pixels. Boxes that reach behind the camera are left out, and predicted
+    ones below the score `least`.
+    """
+    from PIL import Image, ImageDraw
+
+    shown = Image.fromarray(np.ascontiguousarray(image))
+    draw = ImageDraw.Draw(shown)
+    drawn = [(box, (255, 255, 255)) for box in (truth.boxes if truth is not None else ())]
+    if found is not None:
+        kept = found.scores >= least
+        drawn += [(b, COLOURS[int(k) % len(COLOURS)]) for b, k in zip(found.boxes[kept], found.labels[kept])]
+    for box, colour in drawn:
+        places = _solid(box) @ np.asarray(lidar2img)[:3, :3].T + np.asarray(lidar2img)[:3, 3]
+        if places[:, 2].min() > 0.1:
+            pixels = places[:, :2] / places[:, 2:]
+            for start, end in _EDGES:
+                draw.line([*map(float, pixels[start]), *map(float, pixels[end])], fill=colour)
+    return np.asarray(shown)
+
+
+def _solid(box: np.ndarray) -> np.ndarray:
+    """The eight corners (8, 3) of x, y, z of the bottom's centre, dx, dy, dz, heading."""
+    signs = np.array([(x, y, z) for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (0, 1)])
+    local = signs * box[3:6]
+    cos, sin = np.cos(box[6]), np.sin(box[6])
+    turned = np.column_stack([local[:, :2] @ np.array([[cos, sin], [-sin, cos]]), local[:, 2]])
+    return box[:3] + turned
 
 
 def row(

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from kd_detection3d import __version__
+from kd_detection3d import __version__, scenes
 from kdcore.config import Config, MethodConfig, MethodRunConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method
@@ -210,6 +210,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
 
     identity = {
         "version": __version__,
+        "scenes": scenes.VERSION,
         "torch": torch.__version__,
         "model": model,
         "training": training.model_dump(mode="json"),
@@ -297,7 +298,14 @@ def predict(config: Run, artefacts: Artefacts, count: int) -> list[dict[str, Any
 # ---------------------------------------------------------------- registration
 
 
-def detection_method(key: str, doc: str | None, arguments: type[A], distiller: str) -> Method[Any]:
+def detection_method(
+    key: str,
+    doc: str | None,
+    arguments: type[A],
+    distiller: str,
+    *,
+    evaluation: Callable[[Any, Artefacts], dict[str, Any]] = evaluate,
+) -> Method[Any]:
     """A method of teachers, then student, under a registered distiller with `method_args`."""
 
     def stages(config: Run, context: RunContext) -> list[Stage]:
@@ -306,4 +314,4 @@ def detection_method(key: str, doc: str | None, arguments: type[A], distiller: s
         teachers = [teacher_stage(config, name, section) for name, section in teacher_models(config).items()]
         return [*teachers, student_stage(config, named)]
 
-    return Method(key, doc or "", DetectionRun[arguments], stages, evaluate, predict, read=read_config)
+    return Method(key, doc or "", DetectionRun[arguments], stages, evaluation, predict, read=read_config)

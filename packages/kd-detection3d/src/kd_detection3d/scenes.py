@@ -1,9 +1,12 @@
 """Rendered driving scenes with exact boxes: embedded data for 3D detection, on disk in KITTI's layout.
 
 A scene is a ground plane with cars, cyclists and pedestrians in front of the sensors. One ray caster makes both the
-camera's picture and the LiDAR's points, so occlusion is the same in both. The camera alone sees colour and flat painted
-patches on the ground, which look like objects from above and return no point of their own; the LiDAR alone measures
-depth. Frames follow KITTI: the LiDAR's x is forward, y left, z up, the sensors sit together 1.7 m above the ground.
+camera's picture and the LiDAR's points, so occlusion is the same in both. They disagree about the background. The
+camera alone sees colour and flat painted patches on the ground, which look like objects from above and return no point
+of their own. The LiDAR alone measures depth, and it alone sees spray: loose clouds of faint points in the air, as wet
+roads and exhaust give.
+
+Frames follow KITTI: the LiDAR's x is forward, y left, z up, the sensors sit together 1.7 m above the ground.
 
     training/velodyne/000000.bin     float32 x, y, z, reflectance
     training/image_2/000000.png
@@ -33,7 +36,7 @@ COUNTS = {"train": 300, "val": 100}
 RANGE = (0.0, -12.8, -3.0, 25.6, 12.8, 1.0)
 GROUND = -1.7
 IMAGE = (64, 128)  # rows, columns; 90 degrees wide
-VERSION = 1  # of what is drawn; a change draws the scenes again
+VERSION = 2  # of what is drawn; a change draws the scenes again
 
 
 @dataclass
@@ -138,6 +141,18 @@ def points_of(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([rays * distance[:, None], np.clip(light, 0, 1)]).astype(np.float32)
 
 
+def spray(rng: np.random.Generator) -> np.ndarray:
+    """Two to five clouds of 8 to 24 points that belong to no object: (P, 4) float32 as `points_of` has them."""
+    clouds = []
+    for _ in range(rng.integers(2, 6)):
+        x = rng.uniform(4, 24)
+        centre = [x, rng.uniform(-0.85, 0.85) * min(x, 12.0), rng.uniform(GROUND + 0.4, GROUND + 1.4)]
+        offsets = rng.normal(0, (0.6, 0.6, 0.3), (rng.integers(8, 25), 3))
+        clouds.append(np.column_stack([centre + offsets, rng.uniform(0.05, 0.3, len(offsets))]))
+    points = np.concatenate(clouds)
+    return points[points[:, 2] > GROUND].astype(np.float32)
+
+
 def intrinsics() -> np.ndarray:
     """cam2img, (4, 4): a pixel's centre has whole coordinates."""
     rows, columns = IMAGE
@@ -199,7 +214,7 @@ def _write_split(root: Path, split: str, key: tuple[int, ...]) -> None:
         rng = np.random.default_rng((*key, number))
         scene, name = draw_scene(rng), f"{offset + number:06d}"
         points = points_of(scene, rng)
-        points.tofile(clouds / f"{name}.bin")
+        np.concatenate([points, spray(rng)]).tofile(clouds / f"{name}.bin")
         Image.fromarray(picture_of(scene, rng)).save(images / f"{name}.png")
         frames.append(_info(scene, points, number, name))
     meta = {
@@ -228,6 +243,7 @@ def _info(scene: Scene, points: np.ndarray, number: int, name: str) -> dict[str,
         "images": {"CAM2": camera},
         "lidar_points": {"lidar_path": f"{name}.bin", "num_pts_feats": 4},
         "instances": instances,
+        "paint": scene.paint.tolist(),
     }
 
 

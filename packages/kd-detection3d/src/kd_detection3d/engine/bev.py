@@ -101,3 +101,17 @@ def _frame_mask(boxes: Tensor, area: Area, height: int, width: int, overlap: flo
     window = inside & (dx.abs() <= radius) & (dy.abs() <= radius)
     drawn = torch.exp(-(dx**2 + dy**2) / (2 * ((2 * radius + 1) / 6) ** 2)) * window
     return drawn.amax(0) if len(boxes) else boxes.new_zeros(height, width)
+
+
+def background(boxes: Sequence[Tensor], area: Area, height: int, width: int) -> Tensor:
+    """Cells that no box comes near: further from every centre than half its diagonal and a cell, (B, H, W) bool."""
+    cell = area.cell(height, width)
+    columns = area.x0 + (torch.arange(width) + 0.5) * cell[0]
+    rows = area.y0 + (torch.arange(height) + 0.5) * cell[1]
+    places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, 2) as x, y
+    found = []
+    for item in boxes:
+        distance = (places.to(item)[None] - item[:, None, None, :2]).norm(dim=-1)  # (N, H, W)
+        reach = item[:, 2:4].norm(dim=-1) / 2 + max(cell)
+        found.append((distance > reach[:, None, None]).all(0))
+    return torch.stack(found)

@@ -20,7 +20,7 @@ CLASSES = "heatmap"
 
 
 class TapNames(Config):
-    """Modules of a detector, as in `named_modules()`."""
+    """Modules of a detector, as in `named_modules()`; a name with `:input` is what the module was given."""
 
     low: str = Field(description="whose output is the low-level BEV map: behind the sensors")
     high: str = Field("pts_neck", description="whose output is the high-level BEV map: behind the BEV encoder")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_detection3d import metrics, pictures
+from kd_detection3d.engine.batch import DetectionBatch
 from kd_detection3d.integrations.detector import predict
 from kd_detection3d.integrations.networks import open_saved
 from kd_detection3d.integrations.stage import check_dataset, quiet_mmengine
@@ -113,6 +114,42 @@ def measure(
     return {role: metrics.detection_scores(found, truths, names) for role, found in guesses.items()}
 
 
+def annotated_frames(
+    config: Any, section: Mapping[str, Any], most: int
+) -> Iterator[tuple[DetectionBatch, list[torch.Tensor]]]:
+    """Batches of the first frames of a data set, raw, with their true boxes as (N, 5): x, y, dx, dy, heading."""
+    with quiet_mmengine():
+        _, loader = batches(config, section, "test_dataloader.dataset")
+        seen = 0
+        for batch in loader:
+            samples = batch["data_samples"]
+            boxes = [sample.eval_ann_info["gt_bboxes_3d"].bev.float() for sample in samples]
+            yield DetectionBatch(batch["inputs"], samples), boxes
+            seen += len(samples)
+            if seen >= most:
+                return
+
+
+def clutter(
+    network: nn.Module, config: Any, section: Mapping[str, Any], limits: Sequence[float], most: int
+) -> dict[str, float]:
+    """Detections a frame on the painted patches of rendered scenes; nothing for other data."""
+    with quiet_mmengine():
+        data = check_dataset({**section, "test_mode": True}, "test_dataloader.dataset")
+        count = min(most, len(data))
+        paint = [data.get_data_info(index).get("paint") for index in range(count)]
+        if any(item is None for item in paint):
+            return {}
+        found = 0
+        size = int(config.test_dataloader.get("batch_size", 1))
+        for start in range(0, count, size):
+            batch = pseudo_collate([data[index] for index in range(start, min(start + size, count))])
+            for place, sample in enumerate(predict(network, batch)):
+                truth = truth_of(batch["data_samples"][place], limits)
+                found += metrics.on_clutter(predicted(sample, limits), truth, np.asarray(paint[start + place]))
+    return {"clutter_detections": found / max(count, 1)}
+
+
 def rows(
     networks: Mapping[str, nn.Module],
     config: Any,
@@ -129,15 +166,21 @@ def rows(
         for index in np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)) if count else ():
             batch = pseudo_collate([data[int(index)]])
             frames = {role: predicted(predict(networks[role], batch)[0], limits) for role in order if role in networks}
+            truth = truth_of(batch["data_samples"][0], limits)
             points = batch["inputs"].get("points")
             images = batch["inputs"].get("img")
             camera = None if images is None else images[0].reshape(-1, *images[0].shape[-3:])[0]
             picture = None if camera is None else camera.permute(1, 2, 0).numpy()[..., ::-1].clip(0, 255)
-            truth = truth_of(batch["data_samples"][0], limits)
             area = (limits[0], limits[1], limits[3], limits[4])
+            if picture is not None:
+                picture = np.ascontiguousarray(picture.astype(np.uint8))
+                cameras = batch["data_samples"][0].metainfo.get("lidar2img")
+                if cameras is not None and "student" in frames:
+                    view = np.asarray(cameras[0], dtype=float)
+                    picture = pictures.camera_view(picture, view, truth, frames["student"])
             shown = pictures.row(
                 area,
-                None if picture is None else np.ascontiguousarray(picture.astype(np.uint8)),
+                picture,
                 None if points is None else points[0].numpy(),
                 truth,
                 frames,

@@ -24,8 +24,11 @@ from mmdet3d.registry import LOOPS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch import nn
 
 from kd_detection3d.integrations.datasets import checked
 from kd_detection3d.integrations.hooks import unwrapped
@@ -103,6 +106,10 @@ def runner_config(config: Mapping[str, Any], work: Path, seed: int, context: Run
             values[name] = {**values[name], "dataset": checked(values[name]["dataset"], f"{name}.dataset")}
     values["val_evaluator"] = _expanded(values.get("val_evaluator"))
     values["train_dataloader"] = seeded_dataloader(values["train_dataloader"], seed)
+    if context.accelerator.num_processes > 1 and not values.get("model_wrapper_cfg"):
+        unused = bool(values.get("find_unused_parameters", False))
+        wrapper = {"type": "AnyDeviceDDP3D", "broadcast_buffers": False, "find_unused_parameters": unused}
+        values["model_wrapper_cfg"] = wrapper
     newest = _resume_from(work) if context.resume else None
     if newest is not None:
         values.update(resume=True, load_from=str(newest))
@@ -181,6 +188,18 @@ class SeededIterLoop(IterBasedTrainLoop):
             # The loop drops as many batches as have been trained on: these are none.
             self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), rest)
         return super().run()
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@MODEL_WRAPPERS.register_module()
+class AnyDeviceDDP3D(MMDistributedDataParallel):
+    """mmengine's DDP also for networks on the CPU, for which torch takes no device ids."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, **arguments: Any):
+        on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+        super().__init__(module=module, device_ids=None if on_cpu else device_ids, **arguments)
 
 
 # ---------------------------------------------------------------- log
