@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_terms_are_the_weighted_losses_of_tapped_modules():
     terms.total().backward()
     assert all(parameter.grad is None for parameter in teachers["teacher"].parameters())
     assert student.backbone.weight.grad.abs().sum() > 0
+
+
+def test_inputs_of_modules_are_compared_too():
+    student, teachers = networks(6)
+    losses = {"f": {"type": "FeatureMSE", "student": "head:input", "teacher": "head:input"}}
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    terms = TappedDistiller(student, teachers, losses=losses).loss(SegBatch(images))
+    own, theirs = (net.backbone(images).relu() for net in (student, teachers["teacher"]))
+    assert terms["f"][1].item() == pytest.approx((own - theirs).square().mean().item())
 
 
 def test_default_is_the_papers_loss_and_none_is_the_task_alone():
@@ -266,6 +276,53 @@ def test_mmengines_own_runner_trains_the_config_and_resumes(finished, tmp_path):
     assert (tmp_path / "student" / "config.py").is_file()
     assert len(list((tmp_path / "pictures").glob("*/*.png"))) >= 2
     assert torch.load(tmp_path / "student" / "model.pth", weights_only=True)["meta"]["dataset_meta"]["classes"]
+
+
+RANKS = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kdcore import run
+from kdcore.method import load_config
+from kd_segmentation.integrations import segmentor
+
+seen, models, plain = [], [], segmentor.DistilledModel.loss
+
+def loss(self, inputs, data_samples):
+    models.append(self)
+    seen.append(float(inputs.double().sum()))
+    return plain(self, inputs, data_samples)
+
+segmentor.DistilledModel.loss = loss
+method, config = load_config("cwd/small", sys.argv[2:])
+run.train(method, config, Path(sys.argv[1]), quiet=True, cpu=True)
+weights = {name: value.detach().clone() for name, value in models[-1].student.named_parameters()}
+torch.save({"seen": seen, "weights": weights, "backend": dist.get_backend()}, f"{sys.argv[1]}-{dist.get_rank()}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "ranks.py").write_text(RANKS)
+    teacher = f"model.teachers.teacher.checkpoint={folder / 'teacher' / 'model.pth'}"
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [*launch, str(tmp_path / "ranks.py"), str(tmp_path / "run"), *TINY, teacher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"run-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [rank["backend"] for rank in ranks] == ["gloo"] * 2
+    assert len(ranks[0]["seen"]) == len(ranks[1]["seen"]) > 0
+    assert all(a != b for a, b in zip(ranks[0]["seen"], ranks[1]["seen"]))  # images of their own
+    saved = torch.load(tmp_path / "run" / "student" / "model.pth", weights_only=True)["state_dict"]
+    for name, value in ranks[0]["weights"].items():  # and one gradient
+        assert torch.equal(value, ranks[1]["weights"][name]), name
+        assert torch.equal(value, saved[name]), name
+    assert "mIoU" in (tmp_path / "run" / "metrics.json").read_text()
 
 
 @pytest.mark.slow

@@ -45,17 +45,20 @@ def test_split_files(tmp_path, capsys):
 def test_mosaics_are_exact_and_shifts_keep_their_masks(tmp_path, monkeypatch):
     from PIL import Image
 
-    monkeypatch.setattr(textures, "SIZES", {"train": 3, "val": 2})
+    monkeypatch.setattr(textures, "SIZES", {"train": 3, "val": 2, "broad": 6})
     root = textures.write(tmp_path / "a", size=32)
     for split in textures.splits():
         images = sorted((root / "img_dir" / split).iterdir())
         masks = sorted((root / "ann_dir" / split).iterdir())
         assert [path.name for path in images] == [path.name for path in masks]
-        assert len(images) == (3 if split == "train" else 2)
+        assert len(images) == {"train": 3, "broad": 6}.get(split, 2)
     read = lambda *parts: np.asarray(Image.open(root.joinpath(*parts)))  # noqa: E731
     for shift in textures.SHIFTS:
         assert (read("ann_dir", f"val_{shift}", "0000.png") == read("ann_dir", "val", "0000.png")).all()
         assert (read("img_dir", f"val_{shift}", "0000.png") != read("img_dir", "val", "0000.png")).any()
+    broad = np.stack([read("ann_dir", "broad", f"{index:04d}.png") for index in range(6)])
+    assert set(np.unique(broad)) <= {*range(len(textures.CLASSES)), 255}
+    assert 0.2 < (broad == 255).mean() < 1  # other photographs are no class
     again = textures.write(tmp_path / "b", size=32)
     assert (
         np.asarray(Image.open(again / "img_dir" / "train" / "0001.png")) == read("img_dir", "train", "0001.png")

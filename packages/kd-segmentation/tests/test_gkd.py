@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import cache
 
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from kd_segmentation.engine.batch import SegBatch
 from kd_segmentation.engine.tokens import draw_patch_masks, tokens_of, vit_of
-from kd_segmentation.methods.gkd import GKD, QSD, GKDConfig, attention, soft_retrieval, token_loss
+from kd_segmentation.methods.gkd import (
+    GKD,
+    QSD,
+    GKDConfig,
+    attention,
+    attention_entropy,
+    soft_retrieval,
+    token_loss,
+)
 from kdcore.distiller import freeze
 from kdcore.errors import InputError
 
@@ -76,6 +85,18 @@ def test_extremes_of_the_attention():
     torch.testing.assert_close(attention(q, t).sum(-1), torch.ones(1, 4, dtype=D))
 
 
+def test_entropy_of_the_attention():
+    head, p = QSD(3, 4).to(D), random(2, 5, 3)
+    torch.testing.assert_close(attention_entropy(head, p, torch.zeros(2, 5, 4, dtype=D)).item(), math.log(5))
+    assert attention_entropy(head, p, 1e6 * random(2, 5, 4, seed=1)).item() == pytest.approx(0, abs=1e-9)
+    a = attention(head.q(head.norm_q(p[:1])), random(1, 5, 4, seed=1))
+    expected = -(a * a.log()).sum(-1).mean()
+    found = attention_entropy(head, p[:1], random(1, 5, 4, seed=1))
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+    assert attention_entropy(QSD(3, 4, query=False).to(D), p, random(2, 5, 4)).item() == 0
+
+
 def test_heads_do_not_see_scale_and_shift_of_a_token():
     head = QSD(6, 4).to(D)
     p, t = random(1, 5, 6), random(1, 5, 4, seed=1)
@@ -136,7 +157,10 @@ def test_terms_are_the_equation():
     hidden = tokens_of(student, IMAGES, mask, distiller.mask_token).patches
     expected = F.mse_loss(heads["patch"](hidden, t[:, 1:]), t[:, 1:]).item()
     assert terms["patch"][1].item() == pytest.approx(expected)
-    assert [weight for weight, _ in terms.values()] == [1, 1, 1]
+    assert {name: weight for name, (weight, _) in terms.items()} == {
+        **dict.fromkeys(("token", "feature", "patch"), 1),
+        "attention_entropy": 0,
+    }
 
 
 def test_masked_places_do_not_depend_on_their_pixels():
@@ -231,9 +255,9 @@ def config_of(*overrides):
     from kdcore.method import load_config
 
     method, config = load_config("gkd/small", [*TINY, *overrides])
-    stage = config.method_args.representation[0]
-    stage.train_cfg["max_iters"] = 3
-    stage.train_dataloader["batch_size"] = 4
+    for stage in config.method_args.representation:
+        stage.train_cfg["max_iters"] = 3
+        stage.train_dataloader["batch_size"] = 4
     return method, config
 
 
@@ -248,12 +272,16 @@ def test_representation_then_a_head_on_the_frozen_backbone(tmp_path):
     metrics = run.train(method, config, tmp_path / "run", quiet=True, cpu=True)
     assert {"student/mIoU", "student/mIoU_blur", "student/mIoU_unseen", "teacher/mIoU_unseen"} <= set(metrics)
     log = (tmp_path / "run" / "metrics.jsonl").read_text()
-    for text in ('"stage": "representation"', '"patch"', '"stage": "student"', '"decode.ce"'):
+    for text in ('"stage": "task_agnostic"', '"stage": "domain_agnostic"', '"patch"', '"attention_entropy"'):
         assert text in log
+    assert '"stage": "student"' in log
+    assert '"decode.ce"' in log
+    assert 0 < metrics["cka_unseen"] <= 1
+    assert -1 <= metrics["shift_cosine"] < 1
     # The task left the backbone as the representation made it, bit by bit.
     student = open_saved(tmp_path / "run" / "student")
     arguments = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
-    path = tmp_path / "run" / "representation" / "model.safetensors"
+    path = tmp_path / "run" / "domain_agnostic" / "model.safetensors"
     vit = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(path), **arguments)
     kept = student.backbone.timm_model.model.state_dict()
     assert kept.keys() <= vit.state_dict().keys()
@@ -305,8 +333,7 @@ def test_a_foundation_of_timm_with_another_geometry_and_normalisation(tmp_path):
         "checkpoint": str(tmp_path / "teacher.safetensors"),
         "arguments": {"img_size": 64, "patch_size": 8, **tiny},
     }
-    second = {**values["representation"][0], "name": "second"}
-    values["representation"].append(second)
+    values["representation"][1]["name"] = "second"
     config = config.model_copy(
         update={"method_args": GKDConfig.model_validate(values), "model": {**config.model, "teachers": {}}}
     )

@@ -293,6 +293,7 @@ def test_two_teachers_by_cps_then_the_student(tmp_path):
     method, config = load_config("mgd/small", TINY)
     metrics = run.train(method, config, tmp_path / "run", quiet=True, cpu=True)
     assert {"student/mIoU", "teacher_wide/mIoU", "teacher_deep/mIoU"} <= set(metrics)
+    assert {"image_gap", "region_gap", "follows_wide", "follows_deep"} <= set(metrics)
     page = write_report([tmp_path / "run"]).read_text()
     assert "teacher_wide" in page
     log = (tmp_path / "run" / "metrics.jsonl").read_text()

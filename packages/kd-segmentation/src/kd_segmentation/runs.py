@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from kd_segmentation import __version__
+from kd_segmentation import __version__, textures
 from kdcore.config import Config, MethodConfig, MethodRunConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method
@@ -252,6 +252,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
 
     identity = {
         "version": __version__,
+        "textures": textures.VERSION,
         "torch": torch.__version__,
         "model": stock_model(config, model),
         "training": training.model_dump(mode="json"),
@@ -316,25 +317,36 @@ def measured_sets(config: Run) -> dict[str, Section]:
 
 
 def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
-    """IoU by class and its mean of student and teachers on the test data, and the mean on every further domain."""
+    """IoU by class and its mean of student and teachers on the test data, the mean on every further domain, and what
+    `engine.mechanisms` measures where the networks have it."""
     from kd_segmentation import metrics as m
+    from kd_segmentation.engine.mechanisms import Complements, TokenSimilarity
     from kd_segmentation.integrations.evaluation import measure, open_networks, parameters
 
     networks = open_networks(artefacts)
     sets = measured_sets(config)
+    complements, tokens = Complements.of(networks), TokenSimilarity.of(networks) if len(sets) > 1 else None
     result: dict[str, Any] = {}
-    counts, names = measure(networks, config, sets.pop("test_dataloader.dataset"), "test_dataloader.dataset")
+    base, field = sets.pop("test_dataloader.dataset"), "test_dataloader.dataset"
+    observers = [observer for observer in (complements, tokens) if observer is not None]
+    counts, names = measure(networks, config, base, field, observers)
+    if tokens is not None:
+        tokens.end_of_set()
     for role, found in counts.items():
         result.update(m.prefixed(role, m.summary(found, names)))
         result[f"{role}/parameters"] = parameters(networks[role])
     for field, section in sets.items():
-        shifted, _ = measure(networks, config, section, field)
+        shifted, _ = measure(networks, config, section, field, [tokens] if tokens is not None else [])
+        if tokens is not None:
+            tokens.end_of_set()
         for role, found in shifted.items():
             result[f"{role}/mIoU_{field.removeprefix('domains.')}"] = m.summary(found, names)["mIoU"]
     if sets:
         for role in counts:
             values = [result[f"{role}/mIoU_{field.removeprefix('domains.')}"] for field in sets]
             result[f"{role}/mIoU_unseen"] = sum(values) / len(values)
+    for observer in observers:
+        result.update(observer.result())
     return {**result, "confusion_matrix": counts["student"], "class_names": list(names)}
 
 

@@ -5,6 +5,9 @@ crop of a texture with a random scale, quarter turn, gain and tint, and its mask
 masks and scenes and change how they are pictured: illumination (a gradient and gamma), blur, noise, colour (a cast and
 less contrast), scale (the textures at a size that training does not show).
 
+A broad split stands for what a foundation model was trained on: other photographs among the textures (their pixels are
+ignored, 255), all sizes, and most images under one or two of the shifts.
+
 On disk the layout is mmseg's: img_dir/<split>/<name>.png, ann_dir/<split>/<name>.png with class ids.
 """
 
@@ -18,15 +21,19 @@ from pathlib import Path
 
 import numpy as np
 
+TEXTURES = ("brick", "grass", "gravel", "coins", "page", "immunohistochemistry")
 CLASSES = ("brick", "grass", "gravel", "coins", "page", "tissue")
 PALETTE = ((178, 84, 60), (72, 160, 72), (140, 140, 150), (210, 180, 60), (60, 110, 200), (190, 90, 190))
 SHIFTS = ("illumination", "blur", "noise", "colour", "scale")
-SIZES = {"train": 160, "val": 40}
-VERSION = 1  # of what is drawn; a change draws the pictures again
+SIZES = {"train": 160, "val": 40, "broad": 480}
+DISTRACTORS = (
+    *("astronaut", "camera", "cat", "clock", "coffee", "hubble_deep_field", "moon", "retina", "rocket", "text"),
+)
+VERSION = 2  # of what is drawn; a change draws the pictures again
 
 
 def splits() -> tuple[str, ...]:
-    """train, val, and val under each shift."""
+    """train, val, broad, and val under each shift."""
     return (*SIZES, *(f"val_{shift}" for shift in SHIFTS))
 
 
@@ -55,11 +62,15 @@ def default_root(seed: int = 0, size: int = 64) -> Path:
 
 
 def _draw_all(root: Path, seed: int, size: int) -> None:
-    textures = _textures()
+    textures = _photographs(*TEXTURES)
+    more = [*textures, *_photographs(*DISTRACTORS)]
     for number, (split, count) in enumerate(SIZES.items()):
         for index in range(count):
             key = (seed, number, index)
-            image, mask = mosaic(np.random.default_rng(key), textures, size)
+            if split == "broad":
+                image, mask = broad_mosaic(np.random.default_rng(key), more, size)
+            else:
+                image, mask = mosaic(np.random.default_rng(key), textures, size)
             _save(root, split, index, image, mask)
             if split == "val":
                 for which, shift in enumerate(SHIFTS):
@@ -80,12 +91,12 @@ def _save(root: Path, split: str, index: int, image: np.ndarray, mask: np.ndarra
         Image.fromarray(pixels).save(target / f"{index:04d}.png")
 
 
-def _textures() -> list[np.ndarray]:
-    """One RGB float array a class, in [0, 1]."""
+def _photographs(*names: str) -> list[np.ndarray]:
+    """RGB float arrays in [0, 1] of scikit-image's photographs."""
     from skimage import data as photographs
 
     found = []
-    for name in ("brick", "grass", "gravel", "coins", "page", "immunohistochemistry"):
+    for name in names:
         pixels = getattr(photographs, name)().astype(np.float32) / 255
         found.append(np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels)
     return found
@@ -110,6 +121,14 @@ def mosaic(
         patch = _patch(rng, textures[kind], size, scales)
         image[nearest == cell] = patch[nearest == cell]
     return np.rint(255 * image.clip(0, 1)).astype(np.uint8), classes[nearest].astype(np.uint8)
+
+
+def broad_mosaic(rng: np.random.Generator, textures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`mosaic` of more textures than classes, at all sizes and often under shifts; what is no class is 255."""
+    image, kinds = mosaic(rng, textures, size, scales=(0.4, 1.4))
+    for kind in rng.permutation(list(CORRUPTIONS))[: rng.choice(3, p=(0.25, 0.45, 0.3))]:
+        image = corrupt(image, kind, rng)
+    return image, np.where(kinds < len(CLASSES), kinds, 255).astype(np.uint8)
 
 
 def _patch(rng: np.random.Generator, texture: np.ndarray, size: int, scales: tuple[float, float]) -> np.ndarray:

@@ -86,6 +86,16 @@ def _same_maps(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def self_similarity(features: Tensor, regions: int = 7) -> Tensor:
+    """Cosines between the regions of a map pooled to `regions` x `regions`: (B, C, h, w) -> (B, R, R), R = regions^2.
+
+    A region whose features are all zero has cosine 0 to every region.
+    """
+    pooled = F.adaptive_avg_pool2d(features, regions).flatten(2)
+    unit = pooled / (pooled.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
+    return unit.transpose(1, 2) @ unit
+
+
 # ---------------------------------------------------------------- under names
 
 

@@ -6,8 +6,9 @@
                  "connector": "conv1x1"},                                     # student's channels -> teacher's
     }
 
-A module is named as in `named_modules()` of its network, and its output is what is compared; "logits" is the output of
-the decode head. A tapped teacher map is resized to the size of the student's.
+A module is named as in `named_modules()` of its network, and its output is what is compared; "backbone.layer4:input" is
+what that module was given, "logits" is the output of the decode head. A tapped teacher map is resized to the student's
+size.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class TapLossConfig(Config):
 
     type: str = Field(description="PixelKL, ChannelKL, FeatureMSE, AttentionTransfer, or a module in mmseg's registry")
     weight: float = Field(1.0, ge=0, description="weight of the loss")
-    student: str = Field(LOGITS, description="module of the student, or logits")
-    teacher: str = Field(LOGITS, description="module of the teacher, or logits")
+    student: str = Field(LOGITS, description="module of the student, its name with :input, or logits")
+    teacher: str = Field(LOGITS, description="module of the teacher, its name with :input, or logits")
     source: str | None = Field(None, description="which teacher, where there are several; None: the first")
     connector: str | None = Field(None, description="conv1x1: learned map of the student's channels to the teacher's")
 

@@ -48,9 +48,15 @@ def tokens_of(vit: nn.Module, images: Tensor, mask: Tensor | None = None, mask_t
         return split(vit, final(vit, vit.forward_features(images)))
 
 
+def last_block(vit: nn.Module, x: Tensor) -> Tokens:
+    """Tokens of what the last block gave, after the final norm."""
+    norm = getattr(vit, "norm", None)
+    return split(vit, final(vit, x) if isinstance(norm, nn.Identity | None) else norm(x))
+
+
 def final(vit: nn.Module, x: Tensor) -> Tensor:
-    """Tokens after the final norm: the transformer's own, that of its pooled output, or one without learned scale
-    where both were cut off, as they are in a backbone."""
+    """Tokens of `forward_features` after the final norm: the transformer's own, which it has run, that of its pooled
+    output, or one without learned scale where both were cut off, as they are in a backbone."""
     if not isinstance(getattr(vit, "norm", None), nn.Identity | None):
         return x
     norm = getattr(vit, "fc_norm", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kd_segmentation import metrics, pictures
+from kd_segmentation.engine.mechanisms import Complements, TokenSimilarity
 from kd_segmentation.integrations.hooks import rgb
 from kd_segmentation.integrations.networks import open_saved
 from kd_segmentation.integrations.stage import check_dataset, quiet_mmengine
@@ -32,20 +34,29 @@ def parameters(network: nn.Module) -> int:
 
 @torch.no_grad()
 def measure(
-    networks: Mapping[str, nn.Module], config: Any, section: Mapping[str, Any], field: str
+    networks: Mapping[str, nn.Module],
+    config: Any,
+    section: Mapping[str, Any],
+    field: str,
+    observers: Sequence[Complements | TokenSimilarity] = (),
 ) -> tuple[dict[str, Tensor], Sequence[str]]:
-    """Confusion matrix of each network on a data set, and the names of its classes."""
-    with quiet_mmengine():
+    """Confusion matrix of each network on a data set, and the names of its classes; observers look on."""
+    with quiet_mmengine(), ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer.watching())
         data = check_dataset({**section, "test_mode": True}, field)
         names = data.metainfo["classes"]
         counts = {role: torch.zeros(len(names), len(names), dtype=torch.int64) for role in networks}
         size = int(config.test_dataloader.get("batch_size", 1))
         workers = int(config.test_dataloader.get("num_workers", 0))
         for batch in DataLoader(data, batch_size=size, num_workers=workers, collate_fn=pseudo_collate):
-            for role, network in networks.items():
-                for sample in network.test_step(_copied(batch)):
-                    found = sample.pred_sem_seg.data.cpu(), sample.gt_sem_seg.data.cpu()
-                    counts[role] += metrics.confusion(*found, len(names))
+            samples = {role: network.test_step(_copied(batch)) for role, network in networks.items()}
+            for role, found in samples.items():
+                for sample in found:
+                    labels = sample.pred_sem_seg.data.cpu(), sample.gt_sem_seg.data.cpu()
+                    counts[role] += metrics.confusion(*labels, len(names))
+            for observer in observers:
+                observer.add(samples)
     return counts, names
 
 

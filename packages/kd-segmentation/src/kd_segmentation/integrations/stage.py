@@ -23,9 +23,11 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.registry import LOOPS
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import LOOPS, MODEL_WRAPPERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch import nn
 
 from kd_segmentation.integrations.hooks import unwrapped
 from kdcore.checkpoint import fault, trainer_checkpoints
@@ -106,6 +108,10 @@ def runner_config(config: Mapping[str, Any], work: Path, seed: int, context: Run
     if values.get("val_dataloader") is None or values.get("val_cfg") is None:
         values.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
     values.update(test_dataloader=None, test_cfg=None, test_evaluator=None)
+    if context.accelerator.num_processes > 1 and not values.get("model_wrapper_cfg"):
+        unused = bool(values.get("find_unused_parameters", False))
+        wrapper = {"type": "AnyDeviceDDP", "broadcast_buffers": False, "find_unused_parameters": unused}
+        values["model_wrapper_cfg"] = wrapper
     newest = _resume_from(work) if context.resume else None
     if newest is not None:
         values.update(resume=True, load_from=str(newest))
@@ -175,6 +181,18 @@ class SeededIterLoop(IterBasedTrainLoop):
             # The loop drops as many batches as have been trained on: these are none.
             self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), rest)
         return super().run()
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@MODEL_WRAPPERS.register_module()
+class AnyDeviceDDP(MMDistributedDataParallel):
+    """mmengine's DDP also for networks on the CPU, for which torch takes no device ids."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, **arguments: Any):
+        on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+        super().__init__(module=module, device_ids=None if on_cpu else device_ids, **arguments)
 
 
 # ---------------------------------------------------------------- log

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from kd_segmentation.engine.batch import SegBatch
 from kd_segmentation.engine.tapped import task_terms
-from kd_segmentation.engine.tokens import Tokens, draw_patch_masks, final, split, tokens_of, vit_of
+from kd_segmentation.engine.tokens import Tokens, draw_patch_masks, last_block, tokens_of, vit_of
 from kd_segmentation.runs import Section, SegmentationRun, evaluate, predict, read_config
 from kdcore.config import Config, MethodConfig, parse
 from kdcore.distiller import Distiller, LossTerms
@@ -115,6 +115,16 @@ class QSD(nn.Module):
         return soft_retrieval(self.q(self.norm_q(student)), teacher, values)
 
 
+@torch.no_grad()
+def attention_entropy(head: QSD, student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean entropy of the rows of A, in nats, of the first image: log N where queries ask for everything, 0 where each
+    asks for one token. (B, N, d), (B, N, D) -> scalar; 0 for a head without queries."""
+    if head.norm_q is None or head.q is None:
+        return student.new_zeros(())
+    weights = attention(head.q(head.norm_q(student[:1])), teacher[:1])
+    return torch.special.entr(weights).sum(-1).mean()
+
+
 def token_loss(retrieved: Tensor, target: Tensor) -> Tensor:
     """Mean squared error to tokens that get no gradient, scalar."""
     return F.mse_loss(retrieved.float() if retrieved.dtype == torch.bfloat16 else retrieved, target.detach())
@@ -165,6 +175,9 @@ class GKD(Distiller):
             hidden = tokens_of(self._vit, images, mask, self.mask_token) if mask.any() else ours
             retrieved = self.heads["patch"](hidden.patches, theirs.patches)
             terms["patch"] = (args.patch, token_loss(retrieved, theirs.patches))
+        if args.query:  # logged, not trained on
+            entropy = attention_entropy(self.heads["feature"], ours.patches, theirs.patches)
+            terms["attention_entropy"] = (0.0, entropy)
         return terms
 
     @torch.no_grad()
@@ -192,7 +205,7 @@ class JointGKD(Distiller):
             theirs = teacher_tokens(self.teacher, self._teacher_vit, batch.images)
         with self._tap:
             terms = task_terms(self.student.loss(batch.images, batch.samples))
-            ours = split(self._vit, final(self._vit, self._tap["tokens"]))
+            ours = last_block(self._vit, self._tap["tokens"])
         self._tap.clear()
         same_grid(ours, theirs)
         t_0 = theirs.cls[:, None]

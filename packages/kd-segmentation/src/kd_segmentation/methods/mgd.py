@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_segmentation.engine.batch import SegBatch
 from kd_segmentation.engine.cutmix import draw_masks, full_logits, mixed, predicted, pseudo_labels, two_streams
-from kd_segmentation.engine.losses import cross_entropy, ohem_cross_entropy
+from kd_segmentation.engine.losses import cross_entropy, ohem_cross_entropy, self_similarity
 from kd_segmentation.engine.tapped import inner
 from kd_segmentation.runs import Run, segmentation_method
 from kdcore.config import MethodConfig, parse
@@ -70,16 +70,6 @@ def image_level(student: Tensor, teacher: Tensor) -> Tensor:
     Logits (B, C, H, W) and (B, C, H', W') -> scalar.
     """
     return (student.mean(dim=(2, 3)) - teacher.detach().mean(dim=(2, 3))).abs().sum()
-
-
-def self_similarity(features: Tensor, regions: int = 7) -> Tensor:
-    """Cosines between the regions of a map pooled to `regions` x `regions`: (B, C, h, w) -> (B, R, R), R = regions^2.
-
-    A region whose features are all zero has cosine 0 to every region.
-    """
-    pooled = F.adaptive_avg_pool2d(features, regions).flatten(2)
-    unit = pooled / (pooled.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
-    return unit.transpose(1, 2) @ unit
 
 
 def region_level(student: Tensor, teacher: Tensor, regions: int = 7) -> Tensor:

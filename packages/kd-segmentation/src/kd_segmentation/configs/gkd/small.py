@@ -1,7 +1,9 @@
 # ruff: noqa: C408
 # Runs anywhere without a download: texture mosaics, measured on the same scenes under five shifts of the domain.
-# No foundation model comes along, so the teacher is trained on the spot to be robust: a larger transformer that sees
-# the labelled mosaics under the kinds of shift that the student never sees.
+# No foundation model comes along, so a larger transformer is trained on the spot on what stands for its data: mosaics
+# with other photographs, of all sizes and under shifts. As in the paper the student meets those images without labels
+# (task-agnostic), then the images of its own domain without labels (domain-agnostic), then the labels of its domain.
+# Arms of one stage take as many steps as all stages together.
 _base_ = ["../_base_/textures.py"]
 method = "gkd"
 
@@ -70,43 +72,52 @@ def adamw(lr, steps):
 
 
 jitter = dict(type="PhotoMetricDistortion", brightness_delta=16, contrast_range=(0.8, 1.2), hue_delta=6)
-train_dataloader = dict(batch_size=16, dataset=dict(pipeline=pipeline(jitter)))
-optim_wrapper = adamw(2e-3, 120)["optim_wrapper"]
-param_scheduler = adamw(2e-3, 120)["param_scheduler"]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=120, val_interval=120)
-teacher_training = dict(
-    train_cfg=dict(type="IterBasedTrainLoop", max_iters=300, val_interval=300),
-    train_dataloader=dict(
+proxy, own, task = 300, 100, 150  # steps
+together = proxy + own + task
+
+
+def images(split, *more):
+    return dict(
         batch_size=16,
         num_workers=0,
         sampler=dict(type="InfiniteSampler", shuffle=True),
-        dataset=dict(
-            type="TextureMosaicDataset", split="train", pipeline=pipeline(dict(type="RandomShift", prob=0.7), jitter)
-        ),
-    ),
-    **adamw(2e-3, 300),
+        dataset=dict(type="TextureMosaicDataset", split=split, pipeline=pipeline(*more)),
+    )
+
+
+def stage(name, split, steps):
+    return dict(
+        name=name,
+        train_cfg=dict(type="IterBasedTrainLoop", max_iters=steps),
+        train_dataloader=images(split, jitter),
+        **adamw(2e-3, steps),
+    )
+
+
+train_dataloader = dict(batch_size=16, dataset=dict(pipeline=pipeline(jitter)))
+optim_wrapper = adamw(2e-3, task)["optim_wrapper"]
+param_scheduler = adamw(2e-3, task)["param_scheduler"]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=task, val_interval=task)
+broad = images("broad", dict(type="RandomShift", prob=0.5), jitter)
+broad["dataset"] = dict(type="ConcatDataset", datasets=[broad["dataset"], images("train", jitter)["dataset"]])
+teacher_training = dict(
+    train_cfg=dict(type="IterBasedTrainLoop", max_iters=800, val_interval=800),
+    train_dataloader=broad,
+    **adamw(2e-3, 800),
 )
-method_args = dict(
-    representation=[
-        dict(
-            name="representation",
-            train_cfg=dict(type="IterBasedTrainLoop", max_iters=200),
-            train_dataloader=dict(
-                batch_size=16,
-                num_workers=0,
-                sampler=dict(type="InfiniteSampler", shuffle=True),
-                dataset=dict(type="TextureMosaicDataset", split="train", pipeline=pipeline(jitter)),
-            ),
-            **adamw(2e-3, 200),
-        )
-    ]
-)
+method_args = dict(representation=[stage("task_agnostic", "broad", proxy), stage("domain_agnostic", "train", own)])
 domains = {name: dict(split=f"val_{name}") for name in ("illumination", "blur", "noise", "colour", "scale")}
 
+one_stage = {
+    "train_cfg.max_iters": together,
+    "train_cfg.val_interval": together,
+    "param_scheduler": adamw(2e-3, together)["param_scheduler"],
+}
 compare = {
-    "ce": {"method": "cwd", "method_args.losses": {}},
-    "kd": {"method": "cwd", "method_args.losses": {"kl": {"type": "PixelKL"}}},
-    "joint": {"method_args.joint": True},
+    "ce": {"method": "cwd", "method_args.losses": {}, **one_stage},
+    "kd": {"method": "cwd", "method_args.losses": {"kl": {"type": "PixelKL"}}, **one_stage},
+    "joint": {"method_args.joint": True, **one_stage},
     "mse": {"method_args.query": False},
     "finetuned": {"method_args.freeze": False},
+    "domain_alone": {"method_args.representation": [stage("domain_agnostic", "train", proxy + own)]},
 }
