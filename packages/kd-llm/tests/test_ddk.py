@@ -230,6 +230,23 @@ def test_each_sampling_over_three_intervals(sampling):
     assert all(record["kind"] == "mixture" for record in log)
 
 
+def test_padded_vocabularies_need_the_tokenizers_and_lose_their_padding():
+    """As Qwen 1.5's sizes have: one tokenizer, different numbers of outputs."""
+
+    class Tokens:
+        def get_vocab(self):
+            return {str(i): i for i in range(50)}
+
+    objective, student = ddk(), tiny_model("llama", vocab_size=70).eval()
+    with pytest.raises(InputError, match="70 outputs, the teacher 61; give both tokenizers"):
+        objective.prepare(student)
+    padded = DDK(objective.teacher, objective.ddk, objective.mixture, objective.validation,
+                 objective.teacher_perplexity, tokenizers=(Tokens(), Tokens()))  # fmt: skip
+    padded.prepare(student)
+    assert padded.vocabulary == 61
+    assert torch.isfinite(padded.loss(StudentCall(student, True, student.forward), collate(examples(4)), None).total())
+
+
 def test_domains_must_agree():
     objective = ddk()
     wrong = {"a": 1.0, "b": 1.0}

@@ -86,10 +86,10 @@ def test_a_copy_of_the_teacher_has_no_latent_loss_and_the_entropy_as_soft_loss()
     terms = terms_of(made, student, batch())
     assert list(terms) == ["embeddings", "hidden", "attention", "soft"]
     assert sum(terms[k][1].item() for k in list(terms)[:3]) == pytest.approx(0, abs=1e-24)
-    p = teacher(**{k: batch()[k] for k in ("input_ids", "attention_mask")}).logits.float().softmax(1)
-    assert terms["soft"][1].item() == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-6)
+    p = teacher(**{k: batch()[k] for k in ("input_ids", "attention_mask")}).logits.softmax(1)
+    assert terms["soft"][1].item() == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-12)
     terms.total().backward()
-    assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-6
+    assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-12
 
 
 @pytest.mark.parametrize("losses", [("latent",), ("latent", "soft", "hard")])
@@ -104,7 +104,7 @@ def test_padding_changes_no_term_and_no_gradient(losses):
         gradients = [p.grad for p in [*student.parameters(), *made.auxiliary.parameters()] if p.grad is not None]
         found.append([value for _, value in terms.values()] + gradients)
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_latent_stages_read_no_label_and_touch_no_head():
@@ -143,7 +143,7 @@ def test_micro_batches_of_one_length_add_up():
     whole = made.loss(call, data, 3)
     parts = [made.loss(call, {k: v[cut] for k, v in data.items()}, 3) for cut in (slice(0, 1), slice(1, 3))]
     for name, (_, value) in whole.items():
-        torch.testing.assert_close(parts[0][name][1] + parts[1][name][1], value, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(parts[0][name][1] + parts[1][name][1], value, rtol=1e-7, atol=1e-9)  # float32 shares
 
 
 def test_regression_takes_squared_errors():
@@ -151,9 +151,9 @@ def test_regression_takes_squared_errors():
     made = objective(student, teacher, losses=("latent", "soft", "hard"))
     data = {**batch(), "labels": torch.tensor([0.5, -1.0, 2.0, 0.0])}
     terms = terms_of(made, student, data)
-    z, t = (m(**{k: data[k] for k in ("input_ids", "attention_mask")}).logits.float()[:, 0] for m in (student, teacher))
-    assert terms["soft"][1].item() == pytest.approx((z - t).square().mean().item(), rel=1e-5)
-    assert terms["hard"][1].item() == pytest.approx((z - data["labels"]).square().mean().item(), rel=1e-5)
+    z, t = (m(**{k: data[k] for k in ("input_ids", "attention_mask")}).logits[:, 0] for m in (student, teacher))
+    assert terms["soft"][1].item() == pytest.approx((z - t).square().mean().item(), rel=1e-12)
+    assert terms["hard"][1].item() == pytest.approx((z - data["labels"]).square().mean().item(), rel=1e-12)
 
 
 # ---------------------------------------------------------------- the stage table
@@ -285,6 +285,8 @@ def test_a_run_of_four_stages(texts, tmp_path):
     assert finished == ["tokenizer", "pretrained", "teacher", "GD", "GED", "TAD", "TSD", "boundaries"]
     rows = json.loads((folder / "stages_table.json").read_text())
     e.check_table(rows)
+    assert [row["stage"] for row in rows] == ["GD", "GED", "TAD", "TSD"]
+    assert [row["changes"] for row in rows] == [[], ["teacher"], ["data"], ["loss"]]
     assert len({row["teacher"] for row in rows}) == len({row["data"] for row in rows}) == 2
     for name in ("GD", "GED", "TAD", "TSD"):
         assert metrics[f"latent_task/{name}"] > 0
@@ -309,7 +311,7 @@ def test_a_run_of_four_stages(texts, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder / "student")
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     assert model(**tokenizer("the film is good", return_tensors="pt")).logits.shape == (1, 2)
-    assert not any("hidden.weight" in name or "embedding.weight" in name for name in model.state_dict())
+    assert load_file(folder / "student" / "model.safetensors").keys() == model.state_dict().keys()  # and nothing else
     _, _, artefacts = load_run(folder)
     assert len(e.METHOD.predict(config, artefacts, 3)) == 3
     # A second run takes both teachers and GD from the cache; another budget of TSD does not change that.

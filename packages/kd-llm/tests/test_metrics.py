@@ -129,3 +129,27 @@ def test_batches_for_measuring_hold_every_row_once():
         (b["input_ids"].shape[1] for b in made), reverse=True
     )
     assert made[0]["input_ids"].shape[1] == max(lengths)
+
+
+def test_the_teacher_judges_what_the_student_writes():
+    from types import SimpleNamespace
+
+    from kd_llm.engine.rollouts import HFRollouts, Sampling
+
+    student, teacher = tiny_model("gpt2").eval(), tiny_model("gpt2", seed=1).eval()
+    special, prompts = SimpleNamespace(eos_token_id=2, pad_token_id=0), [[4, 5], [6], [7, 8, 9]]
+    found = m.text_metrics(student, teacher, special, prompts, 6, seed=3, batch_size=2)
+    made = HFRollouts(special).generate(
+        student, [torch.tensor(ids) for ids in prompts], 1, Sampling(max_new_tokens=6), 3
+    )
+    nll, kl, tokens = 0.0, 0.0, 0
+    for one in made:
+        with torch.no_grad():
+            q, p = (model(one.ids[None]).logits[0, one.completion_start - 1 : -1].log_softmax(1)
+                    for model in (student, teacher))  # fmt: skip
+        nll -= p.gather(1, one.completion[:, None]).sum().item()
+        kl += (q.exp() * (q - p)).sum().item()
+        tokens += len(one.completion)
+    assert found == pytest.approx({"text_nll": nll / tokens, "text_kl": kl / tokens}, rel=1e-4)
+    own = m.text_metrics(teacher, teacher, special, prompts, 6, seed=3)
+    assert own["text_kl"] == pytest.approx(0, abs=1e-6)

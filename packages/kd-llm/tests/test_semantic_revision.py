@@ -139,6 +139,35 @@ def test_the_least_kept_mass_is_reached_with_the_fewest_tokens_whatever_the_band
     assert (mass - t.softmax(1).gather(1, last).squeeze(1) < 0.9).all()
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("renormalised", 0.000093), ("truncated", -0.137406), ("tail", 0.139853)]
+)
+def test_what_the_modes_say_of_the_rest(mode, expected):
+    p = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64)
+    q = torch.tensor([[0.6, 0.35, 0.03, 0.02]], dtype=torch.float64)
+    mask, z = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64), q.log().requires_grad_()
+    value = clipped_kl(z, p.log(), mask, mode)
+    assert value.item() == pytest.approx(expected, abs=5e-7)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    P, Q = 0.8, 0.95
+    wanted = {
+        "renormalised": (q / Q - p / P) * mask,
+        "truncated": P * q - p * mask,
+        "tail": torch.where(mask == 1, q - p, q * (1 - (1 - P) / (1 - Q))),
+    }[mode]
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    full = (p * (p / q).log()).sum()
+    everything = clipped_kl(q.log(), p.log(), torch.ones_like(p), mode).sum()
+    torch.testing.assert_close(everything, full, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["tail", "truncated"])
+def test_the_edges_learn_in_every_mode(mode):
+    """The loss has its derivative in the mask, which is what f gets."""
+    loose = torch.tensor([[0.95, 0.95, 0.05, 0.95, 0.05]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: clipped_kl(Q.log(), P.log(), m, mode), (loose,))
+
+
 def test_a_tiny_kept_mass_of_the_student_is_finite():
     z = torch.tensor([[0.0, -200.0, -201.0]], requires_grad=True)
     mask = torch.tensor([[0.0, 1.0, 1.0]])
@@ -574,6 +603,28 @@ def test_no_logits_of_all_rows_are_made(monkeypatch):
     assert 0 < Largest.rows <= 16  # the transposed head is (16, V); chunks are 4 rows
 
 
+def test_padded_vocabularies_are_cut_and_other_tokenizers_refused():
+    student, teacher = tiny_model("gpt2", vocab_size=70).double().eval(), tiny_model("gpt2", seed=1).double().eval()
+    batch = texts(4)
+    made = objective(teacher, clip={"bounds": [0, 1]})
+    with pytest.raises(InputError, match="70 outputs, the teacher 61; give both tokenizers"):
+        made.prepare(student)
+    made.tokenizers = (tokenizer(), tokenizer())
+    terms = terms_of(made, student, batch)
+    keep = batch["labels"][:, 1:] != -100
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    z, t = (model(**inputs).logits[:, :-1][keep][:, :61] for model in (student, teacher))
+    torch.testing.assert_close(terms["dac"][1], clipped_kl(z, t, torch.ones_like(t)).mean(), rtol=1e-6, atol=1e-9)
+
+    class Other:
+        def get_vocab(self):
+            return {"x": 4}
+
+    made.tokenizers = (tokenizer(), Other())
+    with pytest.raises(InputError, match="Use sequence-level distillation"):
+        made.prepare(student)
+
+
 def test_the_teacher_must_give_whole_distributions():
     from kd_llm.engine.revision import sides
 
@@ -669,7 +720,10 @@ def test_a_resumed_training_ends_with_the_same_weights_buffer_and_network(tmp_pa
     for a, b in zip(whole.objective.responses.buffer.items, again.objective.responses.buffer.items, strict=True):
         assert torch.equal(a.ids, b.ids)
     assert whole.objective.responses.probability.value == again.objective.responses.probability.value
-    assert not any("clip" in name for name in whole.student.state_dict())
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "a" / "checkpoint-3" / "model.safetensors")
+    assert not any("clip" in name for name in saved)
 
 
 def test_a_chunk_that_the_end_has_cut_does_not_count():
@@ -718,6 +772,7 @@ def run_config(tmp_path, **changes):
 def test_a_run_from_text_to_a_stock_student(tmp_path, monkeypatch):
     import json
 
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kd_llm.methods.semantic_revision import METHOD
@@ -739,7 +794,8 @@ def test_a_run_from_text_to_a_stock_student(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     assert model(**tokenizer("Now is", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
-    assert not any("clip" in name for name in model.state_dict())
+    saved = load_file(folder / "student" / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()  # and nothing of f
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,20 @@ def test_settings_that_do_not_go_together_are_named_before_anything_trains(tmp_p
     assert not Path(tmp_path / "run").exists()
 
 
+def test_whose_tokenizer_is_compared_with_whose(tmp_path):
+    """The teacher's own by its name, else the run's for both, so that a student of another padding is no error."""
+    from kd_llm.runs import tokenizer_pair
+
+    mine, theirs = train_tokenizer(["a b"] * 9, 300), train_tokenizer(["c d"] * 9, 310)
+    theirs.save_pretrained(tmp_path / "teacher")
+    other = {"teacher": {"pretrained": str(tmp_path / "teacher")}, "method_args.lmbda": 0.0}
+    assert tokenizer_pair(tiny(), mine) == (mine, mine)
+    assert tokenizer_pair(tiny(**other), mine) == (mine, mine)
+    found = tokenizer_pair(tiny(**other, tokenizer={"pretrained": "elsewhere"}), mine)
+    assert found[0] is mine
+    assert found[1].get_vocab() == theirs.get_vocab()
+
+
 def test_arguments_are_those_of_the_paper_by_default():
     args = parse(TokenKDConfig, {})
     assert (args.divergence, args.beta, args.lmbda, args.temperature) == ("js", 0.5, 0.5, 1.0)

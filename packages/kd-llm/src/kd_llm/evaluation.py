@@ -24,6 +24,7 @@ class EvaluationConfig(Config):
     batch_size: int = Field(32, ge=1, description="examples of a batch")
     samples: int | None = Field(None, ge=1, description="test examples that are used, evenly spaced; None: all")
     answers: int = Field(0, ge=0, description="test prompts of each domain whose greedy answer is compared: pass_rate")
+    texts: int = Field(0, ge=0, description="test prompts after which networks write what the teacher judges: text_nll")
     max_new_tokens: int = Field(48, ge=1, description="most tokens of an answer, and of the report's samples")
 
 
@@ -84,6 +85,8 @@ def evaluate(config: Run, artefacts: Artefacts, *, prepared: Prepared | None = N
         if model is None:
             continue
         result |= m.prefixed(name, answered(config, prepared, artefacts, model))
+        if teacher is not None and config.evaluation.texts and config.task == "causal":
+            result |= m.prefixed(name, judged(config, prepared, artefacts, model, teacher))
         result[f"{name}/parameters"] = parameters_of(model)
     return result
 
@@ -120,6 +123,15 @@ def answered(config: Run, prepared: Prepared, artefacts: Artefacts, model: nn.Mo
             rate = m.pass_rate([texts[i] for i in own], [truths[i] for i in own])
             result[f"pass_rate/{prepared.data.domains[domain]}"] = rate
     return result
+
+
+def judged(config: Run, prepared: Prepared, artefacts: Artefacts, model: Any, teacher: Any) -> dict[str, float]:
+    """What the teacher says of texts that a model writes after test prompts; see `kd_llm.metrics.text_metrics`."""
+    rows = spaced(prepared.tokens(artefacts).test, config.evaluation.texts)
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    return m.text_metrics(
+        model, teacher, prepared.tokenizer(artefacts), prompts, config.evaluation.max_new_tokens, seed=config.seed
+    )
 
 
 # ---------------------------------------------------------------- samples for the report

@@ -30,6 +30,14 @@ class TaskAndGeneral(TextData):
     def general_digest(self) -> str:
         return "-".join(source.digest() for source in self.general)
 
+    def sources(self) -> dict[str, Any]:
+        """The configs of the general text, as a part of an identity."""
+        return {"general": [source.config.model_dump(mode="json") for source in self.general]}
+
+    def names(self) -> dict[str, str]:
+        """What tells the two texts apart."""
+        return {"general": self.general_digest(), "task": TextData.digest(self)}
+
 
 def windows(text: str, tokenizer: Any, room: int) -> list[str]:
     """A text cut into pieces of `room` tokens."""

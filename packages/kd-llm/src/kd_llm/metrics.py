@@ -186,6 +186,40 @@ def completions(
     return [tokenizer.decode(r.ids[r.completion_start :], skip_special_tokens=True) for r in made]
 
 
+@torch.no_grad()
+def text_metrics(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """What the teacher says of texts that the student draws after the prompts (ids), as means over their tokens.
+
+    text_nll: -ln p(y), nats; text_kl: KL(q || p) between the student's q and the teacher's p. Decoders, temperature 1.
+    """
+    from kd_llm.engine.objective import run_body
+    from kd_llm.engine.onpolicy import with_responses
+    from kd_llm.engine.rollouts import HFRollouts, Sampling
+
+    device, sampling = next(student.parameters()).device, Sampling(temperature=1.0, max_new_tokens=max_new_tokens)
+    source = HFRollouts(tokenizer, batch_size=batch_size)
+    made = source.generate(student, [torch.tensor(ids) for ids in prompts], 1, sampling, seed)
+    nll, kl, tokens = 0.0, 0.0, 0
+    for start in range(0, len(made), batch_size):
+        empty = {"input_ids": torch.zeros(0, device=device)}
+        batch = with_responses(empty, made[start : start + batch_size], tokenizer.pad_token_id)
+        index = predicted(batch, True).nonzero()
+        found = row_statistics(run_body(teacher, batch, index, True), run_body(student, batch, index, True))
+        assert found.kl is not None
+        nll, kl = nll + float(found.nll.double().sum()), kl + float(found.kl.double().sum())
+        tokens += len(index)
+    return {"text_nll": nll / tokens, "text_kl": kl / tokens}
+
+
 def pass_rate(texts: Sequence[str], truths: Sequence[str]) -> float:
     """Share of the texts that are the truth, but for blanks around it."""
     return sum(text.strip() == truth.strip() for text, truth in zip(texts, truths, strict=True)) / len(truths)

@@ -264,6 +264,14 @@ def add_adapters(model: nn.Module, config: AdapterConfig, task: Task, *, field: 
         raise InputError(f"{field}.targets = {config.targets}: peft finds nothing to adapt ({reason(error)})") from None
 
 
+def layers_and_heads(config: ModelConfig) -> tuple[int, int] | None:
+    """Depth and attention heads of a model from scratch; None where its weights would have to be opened."""
+    if config.config is None:
+        return None
+    made = make_config(config.config, None, None, field="model")
+    return made.num_hidden_layers, made.num_attention_heads
+
+
 def parameters_of(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -183,11 +183,13 @@ def teacher_source(config: Run, networks: Networks) -> TeacherSource:
     return LocalTeacher(networks.teacher_model)
 
 
-def tokenizer_pair(config: Run, networks: Networks) -> tuple[Any, Any] | None:
-    """(student's, teacher's) tokenizer, where both come by name: their vocabularies are compared."""
-    if config.teacher.pretrained is None or tokenizer_source(config) in (None, config.teacher.pretrained):
-        return None
-    return networks.tokenizer, open_tokenizer(config.teacher.pretrained, field="teacher.pretrained")
+def tokenizer_pair(config: Run, tokenizer: Any) -> tuple[Any, Any]:
+    """(student's, teacher's) tokenizer, whose vocabularies are compared: `tokenizer` is the run's, and the teacher's
+    too unless that one comes by another name."""
+    theirs = config.teacher.pretrained
+    if theirs is None or tokenizer_source(config) == theirs:
+        return tokenizer, tokenizer
+    return tokenizer, open_tokenizer(theirs, revision=config.teacher.revision, field="teacher.pretrained")
 
 
 def training_batches(tokens: Tokenised, collate: Collator, batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -7,11 +7,14 @@ outside of every stack.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from kd_llm.engine.rows import IGNORE, predicted, segments
 from kdcore.errors import InputError
 
 
@@ -102,3 +105,20 @@ def hidden_of(output: Any) -> Tensor:
         return output
     found = getattr(output, "last_hidden_state", None)
     return output[0] if found is None else found
+
+
+def real_positions(batch: Mapping[str, Any], layer: Layer) -> Tensor:
+    """The positions of a layer's hidden states that are no padding, each once: a mask (B, S).
+
+    By the attention mask; in packed batches, which have none, the documents that predict anything (their padding is
+    one that does not); in an encoder-decoder's decoder, the positions with a label.
+    """
+    if layer.decoder:
+        mask = batch.get("decoder_attention_mask")
+        return batch["labels"] != IGNORE if mask is None else mask.bool()
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    if "position_ids" not in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    numbers = segments(batch)
+    return torch.isin(numbers, numbers[predicted(batch, shift=True)])

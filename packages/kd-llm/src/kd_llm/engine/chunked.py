@@ -45,6 +45,19 @@ def row_blocks(rows: int, vocabulary: int, device: torch.device, bytes_per_value
     return list(torch.arange(rows, device=device).split(size)) if rows else []
 
 
+def pair_blocks(first: Tensor, second: Tensor, vocabulary: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Blocks for a loss on pairs of rows (P,), (P,): the rows that a block needs, and where in it its pairs lie."""
+    if not len(first):
+        return [], []
+    size = max(1, BLOCK_BYTES.get(first.device.type, 2**24) // (8 * vocabulary))
+    blocks, places = [], []
+    for a, b in zip(first.split(size), second.split(size)):
+        some, where = torch.cat([a, b]).unique(return_inverse=True)
+        blocks.append(some)
+        places.append((where[: len(a)], where[len(a) :]))
+    return blocks, places
+
+
 def chunked_loss(
     student: HeadRows,
     teacher: HeadRows,

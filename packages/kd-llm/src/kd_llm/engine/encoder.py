@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -68,7 +69,7 @@ def layer_map(student: int, teacher: int, rule: MapRule = "uniform") -> tuple[in
 
 def attention_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
     """q k^T / sqrt(d_head) before mask and softmax: (B, S, D), (B, S, D) -> (B, H, S, S), at least float32."""
-    q, k = (_float(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    q, k = (at_least_float(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
     return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
 
 
@@ -101,11 +102,12 @@ def position_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Mean of squares over real positions and features (TinyBERT eqs. 8, 9). (B, S, d) twice, mask (B, S) -> scalar."""
     if student.shape != teacher.shape:
         raise InputError(f"features: shapes {tuple(student.shape)} and {tuple(teacher.shape)}, allowed: equal ones")
-    difference = (_float(student) - _float(teacher)).masked_fill(~mask[..., None], 0.0)
+    difference = (at_least_float(student) - at_least_float(teacher)).masked_fill(~mask[..., None], 0.0)
     return difference.square().sum() / (mask.sum() * student.shape[-1])
 
 
-def _float(x: Tensor) -> Tensor:
+def at_least_float(x: Tensor) -> Tensor:
+    """float32, or float64 where it is that already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -231,6 +233,18 @@ class LatentLoss(nn.Module):
             if m and self.attention != "none":
                 add("attention", attention_mse(self._map(student, m, mask), self._map(teacher, g, mask), mask))
         return terms
+
+    def save(self, path: Path) -> None:
+        """Writes the maps, by safetensors; `load` reads them."""
+        from safetensors.torch import save_file
+
+        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, path)
+
+    def load(self, path: Path) -> None:
+        """The maps that `save` has written."""
+        from safetensors.torch import load_file
+
+        self.load_state_dict(load_file(path))
 
     def _map(self, tap: Mapping[str, Tensor] | FeatureTap, layer: int, mask: Tensor) -> Tensor:
         scores = attention_scores(tap[f"query.{layer}"], tap[f"key.{layer}"], self.student.heads)

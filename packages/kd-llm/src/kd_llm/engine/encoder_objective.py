@@ -10,7 +10,7 @@ output, which is regression, L_soft and L_hard are squared errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_llm.engine.classification import ClassificationObjective
-from kd_llm.engine.encoder import LatentLoss
+from kd_llm.engine.encoder import LatentLoss, at_least_float
 from kd_llm.engine.objective import Batch, StudentCall
 from kd_llm.engine.rows import model_inputs
 from kdcore.distiller import LossTerms
@@ -88,13 +88,27 @@ class EncoderObjective(ClassificationObjective):
                     terms[name] = (self.latent_weight, value * share)
         if self.task and self.soft_weight:
             assert z_t is not None
-            terms["soft"] = (self.soft_weight, self._soft(z.float(), z_t.float()) * share)
+            terms["soft"] = (self.soft_weight, self._soft(at_least_float(z), at_least_float(z_t)) * share)
         if self.task and self.hard_weight:
-            terms["hard"] = (self.hard_weight, self._hard(z.float(), batch["labels"]) * share)
+            terms["hard"] = (self.hard_weight, self._hard(at_least_float(z), batch["labels"]) * share)
         return terms
+
+    @torch.no_grad()
+    def mean_latent(self, student: nn.Module, batches: Iterable[Batch]) -> float:
+        """Mean of L_lat over the examples of batches, for a student in evaluation mode."""
+        device = next(student.parameters()).device
+        self.to(device)
+        self.source[0].to(device)
+        total, count = 0.0, 0
+        for batch in batches:
+            batch = {key: tensor.to(device) for key, tensor in batch.items()}
+            terms = self.loss(StudentCall(student, False, student.forward), batch, None)
+            total += sum(float(terms[k][1]) for k in terms if k not in ("soft", "hard")) * len(batch["input_ids"])
+            count += len(batch["input_ids"])
+        return total / count
 
     def _soft(self, z: Tensor, z_t: Tensor) -> Tensor:
         return F.mse_loss(z, z_t) if z.shape[1] == 1 else soft_cross_entropy(z, z_t, self.temperature).mean()
 
     def _hard(self, z: Tensor, labels: Tensor) -> Tensor:
-        return F.mse_loss(z.squeeze(1), labels.float()) if z.shape[1] == 1 else F.cross_entropy(z, labels)
+        return F.mse_loss(z.squeeze(1), labels.to(z.dtype)) if z.shape[1] == 1 else F.cross_entropy(z, labels)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_llm.engine.rollouts import evaluating
+from kd_llm.engine.rows import sum_over_processes
 from kdcore.errors import InputError
 
 Scheme = Literal["paced", "unweighted", "filter", "inverse"]
@@ -106,9 +107,7 @@ def normalised_over_step(batches: Sequence[dict[str, Any]]) -> list[dict[str, An
     """
     total = torch.stack([batch["kd_weight"].double().sum() for batch in batches]).sum()
     count = torch.tensor(float(sum(len(batch["kd_weight"]) for batch in batches)), dtype=torch.float64)
-    sums = torch.stack([total, count.to(total.device)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
+    sums = sum_over_processes(torch.stack([total, count.to(total.device)]))
     mean = sums[0] / sums[1]
     scale = torch.where(mean > 0, 1 / mean.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     return [{**batch, "kd_weight": batch["kd_weight"] * scale.to(batch["kd_weight"])} for batch in batches]

@@ -200,8 +200,11 @@ class TokenObjective(Objective):
 
     def token_terms(self, rows: HiddenRows, batch: Batch, items: Tensor | int | None) -> LossTerms:
         """Soft and hard terms of rows that exist; for objectives that add terms of their own."""
-        args, signal = self.args, self.signal(rows, batch)
-        items = self.count(batch) if items is None else items
+        return self.terms_to(self.signal(rows, batch), rows, batch, items)
+
+    def terms_to(self, signal: Signal | None, rows: HiddenRows, batch: Batch, items: Tensor | int | None) -> LossTerms:
+        """The same to a signal that exists, where the teacher has run for other terms too."""
+        args, items = self.args, self.count(batch) if items is None else items
         dtype = torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
         weights = r.row_weights(batch, rows.index, items, args.reduction, dtype)
         return token_terms(

@@ -43,6 +43,19 @@ class PassRates:
         """Share of responses that were cut."""
         return sum(self.truncated) / max(1, self.k * len(self.truncated))
 
+    def summary(self) -> dict[str, float]:
+        """mean, and the shares of problems never and always solved and of responses that were cut."""
+        p = self.rates
+        edges = {"never": float((p == 0).double().mean()), "always": float((p == 1).double().mean())}
+        return {"mean": float(p.mean()), "truncated": self.truncation, **edges}
+
+    def accuracies(self, of: Sequence[int], names: Sequence[str]) -> dict[str, float]:
+        """accuracy (mean over domains), accuracy/<domain> of several, truncated; `of`: the domain of each problem."""
+        where = torch.tensor(of)
+        parts = {names[i]: float(self.rates[where == i].mean()) for i in sorted(set(of))}
+        several = {f"accuracy/{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
+        return {"accuracy": sum(parts.values()) / len(parts), **several, "truncated": self.truncation}
+
     def save(self, path: Path, **about: Any) -> None:
         """As JSON; `about` says what was measured."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,11 +163,11 @@ class StudentResponses:
         rollouts: Rollouts,
         config: OffPolicyConfig,
         sampling: Sampling,
+        revise: Revise | None = None,
         *,
         seed: int,
         rank: int = 0,
         prompt_tokens: int | None = None,
-        revise: Revise | None = None,
     ):
         self.rollouts, self.sampling, self.revise = rollouts, sampling, revise
         self.seed, self.rank, self.prompt_tokens = seed, rank, prompt_tokens

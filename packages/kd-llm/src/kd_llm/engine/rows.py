@@ -96,6 +96,13 @@ def count(batch: Batch, shift: bool, reduction: str = "token") -> Tensor:
     return torch.as_tensor(len(segments(batch)[mask].unique()), device=mask.device)
 
 
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def row_weights(
     batch: Batch, index: Tensor, items: Tensor | int, reduction: str = "token", dtype: torch.dtype = torch.float32
 ) -> Tensor:

@@ -12,13 +12,14 @@ tokenizer's offsets and drops what truncation has cut, and chunks of one token, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kd_llm.engine.rows import IGNORE
 from kdcore.errors import InputError
 
 CharSpan = tuple[int, int]
@@ -150,6 +151,16 @@ def response_spans(
     text, offsets = token_offsets(tokenizer, ids[start:stop])
     end = len(text) - 1 if cut else len(text)
     return [(first + start, last + start) for first, last in token_spans(chunk(text), offsets, end)]
+
+
+def data_responses(batch: Mapping[str, Tensor], eos: int) -> list[tuple[list[int], int, int, bool]]:
+    """Of each row its ids, the first and past-the-last learned position, and whether the text was cut there."""
+    found = []
+    for ids, labels in zip(batch["input_ids"].tolist(), (batch["labels"] != IGNORE).tolist(), strict=True):
+        places = [i for i, learned in enumerate(labels) if learned] or [0]
+        start, stop = places[0], places[-1] + 1
+        found.append((ids[:stop], start, stop, ids[stop - 1] != eos))
+    return found
 
 
 # ---------------------------------------------------------------- neighbours inside a chunk

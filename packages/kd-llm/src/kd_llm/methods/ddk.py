@@ -50,6 +50,7 @@ from kd_llm.runs import (
     supervised,
     teacher_identity,
     teacher_stage,
+    tokenizer_pair,
     tokenizer_stage,
     write_cache,
 )
@@ -129,7 +130,7 @@ class DDK(TokenObjective):
         mixture: what the student trains on; its size is K optimiser steps.
         validation: domain -> batches, in the order of the mixture's domains.
         teacher_perplexity: domain -> l_T, measured beforehand.
-        log: gets a record of each interval.
+        log: gets a record of each interval. tokenizers: (student's, teacher's), see `TokenObjective`.
     """
 
     name = "ddk"
@@ -143,11 +144,12 @@ class DDK(TokenObjective):
         teacher_perplexity: Mapping[str, float],
         *,
         log: Callable[..., None] = lambda **record: None,
+        tokenizers: tuple[Any, Any] | None = None,
     ):
         divergence = DivergenceArgs(
             divergence=args.divergence, temperature=args.temperature, soft_weight=args.gamma, hard_weight=1.0
         )
-        super().__init__(teacher, divergence)
+        super().__init__(teacher, divergence, tokenizers=tokenizers)
         if list(validation) != mixture.names or set(teacher_perplexity) != set(mixture.names):
             raise InputError(
                 f"validation, teacher_perplexity: domains {list(validation)}, {list(teacher_perplexity)}; "
@@ -337,6 +339,7 @@ class DDKStage:
             validation_batches(config, prepared, artefacts),
             json.loads(artefacts["teacher_perplexity"].read_text(encoding="utf-8")),
             log=lambda **record: context.log(stage=self.name, **record),
+            tokenizers=tokenizer_pair(config, networks.tokenizer),
         )
         callback = MixtureCallback(mixture, args.interval, self.objective.start)
         setup = make_setup(config, prepared, context, student, self.objective, dataset=mixture, callbacks=[callback])

@@ -33,27 +33,18 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from kd_llm import evaluation as ev
+from kd_llm import runs
 from kd_llm.collate import Collator
-from kd_llm.data import DataConfig, TextData, load_data
+from kd_llm.data import DataConfig, load_data
 from kd_llm.engine.classification import ClassificationObjective
 from kd_llm.engine.encoder import Attention, EncoderLayers, LatentLoss, MapRule, layer_map
 from kd_llm.engine.encoder_objective import EncoderObjective
-from kd_llm.engine.objective import StudentCall, TokenObjective
+from kd_llm.engine.objective import TokenObjective
 from kd_llm.general import TaskAndGeneral, general_rows
 from kd_llm.integrations.stage import LMSetup, TransformersStage
 from kd_llm.metrics import evaluation_batches
-from kd_llm.models import ModelConfig, load_model, make_config
-from kd_llm.runs import (
-    LLMRun,
-    Prepared,
-    Run,
-    make_setup,
-    open_student,
-    prepare,
-    teacher_stage,
-    tokenizer_source,
-    tokenizer_stage,
-)
+from kd_llm.models import from_config, layers_and_heads, load_model
+from kd_llm.runs import LLMRun, Prepared, Run
 from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method
@@ -217,7 +208,7 @@ class Progressive:
             )
             before = self.before(stage)
             if before is not None:
-                load_maps(latent, artefacts[f"{before.lower()}_maps"])
+                latent.load(artefacts[f"{before.lower()}_maps"])
         return EncoderObjective(
             teacher,
             latent,
@@ -244,13 +235,13 @@ class Progressive:
 
         def build(context: RunContext) -> LMSetup:
             artefacts, before = dict(context.artefacts), self.before(name)
-            student = open_student(self.config, self.prepared, artefacts) if before is None else self.student(
+            student = runs.open_student(self.config, self.prepared, artefacts) if before is None else self.student(
                 before, artefacts
             )  # fmt: skip
             made.append(self.objective(name, student, artefacts))
             rows, tokenizer = self.rows(name, artefacts), self.prepared.tokenizer(artefacts)
             if last:
-                return make_setup(self.config, self.prepared, context, student, made[0], dataset=rows)
+                return runs.make_setup(self.config, self.prepared, context, student, made[0], dataset=rows)
             return LMSetup(student, tokenizer, made[0], rows, Collator(tokenizer, task="classification"))
 
         budget = self.args.stages[name].of(self.config.train, last=last)
@@ -262,7 +253,7 @@ class Progressive:
                 return artefacts
             path = context.folder / f"{name.lower()}_maps.safetensors"
             if context.is_main:
-                save_maps(made[0].auxiliary["latent"], path)
+                made[0].auxiliary["latent"].save(path)
             context.accelerator.wait_for_everyone()
             return {**artefacts, f"{name.lower()}_maps": path}
 
@@ -276,7 +267,7 @@ class Progressive:
         if context.is_main:
             used = {TABLE[name][0]: name for name in self.names}
             teachers = {kind: module_fingerprint(self.teacher(name, artefacts)) for kind, name in used.items()}
-            rows = table(self.args, data_names(self.data), teachers)
+            rows = table(self.args, self.data.names(), teachers)
             if len(rows) == len(TABLE):
                 check_table(rows)
             for row, before in zip(rows, [None, *rows]):
@@ -291,51 +282,21 @@ class Progressive:
         """L_lat of the stage's student: against the finetuned teacher on task text, and as its own and next stage."""
         student = self.student(stage, artefacts).to(ev.run_device()).eval()
         following = self.names[self.names.index(stage) + 1 :][:1]
-        values: dict[tuple[str, str], float] = {}
-
-        def value(of: StageName) -> float:
-            if TABLE[of][:2] not in values:
-                values[TABLE[of][:2]] = self.latent_loss(of, student, artefacts[f"{stage.lower()}_maps"], artefacts)
-            return values[TABLE[of][:2]]
-
-        found = {"latent_task": value("TSD"), "latent": value(stage)}
+        maps = artefacts[f"{stage.lower()}_maps"]
+        settings = {TABLE[name][:2]: name for name in ("TSD", stage, *following)}  # some stages share teacher and data
+        values = {key: self.latent_loss(name, student, maps, artefacts) for key, name in settings.items()}
+        found = {"latent_task": values[TABLE["TSD"][:2]], "latent": values[TABLE[stage][:2]]}
         if following:
-            found["jump"] = value(following[0]) - found["latent"]
+            found["jump"] = values[TABLE[following[0]][:2]] - found["latent"]
         return found
 
-    @torch.no_grad()
     def latent_loss(self, stage: StageName, student: nn.Module, maps: Path, artefacts: Artefacts) -> float:
         """Mean of (1) over held-out text of a stage with its teacher, for any student and maps."""
-        device = next(student.parameters()).device
-        objective = self.objective(stage, student, artefacts).to(device)
-        objective.source[0].to(device)
-        latent: Any = objective.auxiliary["latent"]
-        load_maps(latent, maps)
+        objective = self.objective(stage, student, artefacts)
+        objective.auxiliary["latent"].load(maps)  # type: ignore[operator]
         rows = ev.spaced(self.rows(stage, artefacts, "validation"), 256)
-        tokenizer = self.prepared.tokenizer(artefacts)
-        total = 0.0
-        for batch in evaluation_batches(rows, Collator(tokenizer, task="classification"), 32):
-            batch = {key: tensor.to(device) for key, tensor in batch.items()}
-            call = StudentCall(student, False, student.forward)
-            terms = objective.loss(call, batch, None)
-            total += sum(float(terms[k][1]) for k in terms if k not in ("soft", "hard")) * len(batch["input_ids"])
-        return total / len(rows)
-
-
-def data_names(data: TaskAndGeneral) -> dict[str, str]:
-    return {"general": data.general_digest(), "task": TextData.digest(data)}
-
-
-def save_maps(latent: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: value.detach().cpu().contiguous() for name, value in latent.state_dict().items()}, path)
-
-
-def load_maps(latent: nn.Module, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    latent.load_state_dict(load_file(path))
+        collate = Collator(self.prepared.tokenizer(artefacts), task="classification")
+        return objective.mean_latent(student, evaluation_batches(rows, collate, 32))
 
 
 # ---------------------------------------------------------------- the method
@@ -351,8 +312,8 @@ def check(config: Run, data: TaskAndGeneral) -> None:
     if config.teacher.cache is not None or config.teacher.served is not None:
         raise InputError("teacher.cache, teacher.served: the losses need the teacher's layers; leave them out")
     if len(args.stages) == len(TABLE):
-        check_table(table(args, data_names(data), {"pretrained": "pretrained", "finetuned": "finetuned"}))
-    shapes = [shape(model) for model in (config.student, config.teacher)]
+        check_table(table(args, data.names(), {"pretrained": "pretrained", "finetuned": "finetuned"}))
+    shapes = [layers_and_heads(model) for model in (config.student, config.teacher)]
     if args.latent_weight and all(shapes):
         (layers, heads), (teacher_layers, teacher_heads) = shapes  # type: ignore[misc]
         layer_map(layers, teacher_layers, args.latent.layer_map)
@@ -363,23 +324,15 @@ def check(config: Run, data: TaskAndGeneral) -> None:
             )
 
 
-def shape(model: ModelConfig) -> tuple[int, int] | None:
-    """(layers, heads) of a model from a config; None where its weights would have to be opened."""
-    if model.config is None:
-        return None
-    made = make_config(model.config, None, None, field="model")
-    return made.num_hidden_layers, made.num_attention_heads
-
-
 def stages(config: Run, context: RunContext) -> list[Stage]:
     """Tokenizer, the two teachers, the stages of `method_args.stages`, and the measures at their boundaries."""
-    plain = prepare(config)
+    plain = runs.prepare(config)
     general = [load_data(source, config.seed) for source in config.method_args.general]
     data = TaskAndGeneral(**vars(plain.data), general=general)
     check(config, data)
     prepared = Prepared(config, data)
     run = Progressive(config, prepared, data)
-    found: list[Stage] = [tokenizer_stage(config, prepared), *teachers(run)]
+    found: list[Stage] = [runs.tokenizer_stage(config, prepared), *teachers(run)]
     for name in run.names:
         stage = run.stage(name)
         if name == "GD":
@@ -393,32 +346,24 @@ def teachers(run: Progressive) -> list[Stage]:
     config, args = run.config, run.args
 
     def pretrain(context: RunContext) -> LMSetup:
-        from kd_llm.models import from_config
-
-        artefacts = dict(context.artefacts)
-        tokenizer = run.prepared.tokenizer(artefacts)
+        tokenizer = run.prepared.tokenizer(context.artefacts)
         network = from_config(config.teacher, "masked", tokenizer, None, field="teacher")
-        rows = run.general(artefacts).remove_columns("labels")
+        rows = run.general(dict(context.artefacts)).remove_columns("labels")
         return LMSetup(network, tokenizer, TokenObjective(None), rows, Collator(tokenizer, task="masked"))
 
     def finetune(context: RunContext) -> LMSetup:
-        artefacts = dict(context.artefacts)
-        source = artefacts.get("pretrained") or config.teacher.pretrained
+        source = context.artefacts.get("pretrained") or config.teacher.pretrained
         network = load_model(source, "classification", run.data.num_labels, field="teacher.pretrained")
-        return make_setup(config, run.prepared, context, network, ClassificationObjective())
+        return runs.make_setup(config, run.prepared, context, network, ClassificationObjective())
 
     before = {"pretraining": None if config.teacher.train is None else config.teacher.train.model_dump(mode="json")}
     tuned = config.teacher.model_copy(update={"train": args.finetune})
     return [
-        *teacher_stage(config, run.prepared, name="pretrained", build=pretrain, fingerprint=general_source(run)),
-        *teacher_stage(
-            config, run.prepared, model=tuned, build=finetune, fingerprint={**before, **general_source(run)}
+        *runs.teacher_stage(config, run.prepared, name="pretrained", build=pretrain, fingerprint=run.data.sources()),
+        *runs.teacher_stage(
+            config, run.prepared, model=tuned, build=finetune, fingerprint={**before, **run.data.sources()}
         ),
     ]
-
-
-def general_source(run: Progressive) -> dict[str, Any]:
-    return {"general": [source.model_dump(mode="json") for source in run.args.general]}
 
 
 def general_identity(run: Progressive) -> dict[str, Any]:
@@ -430,17 +375,15 @@ def general_identity(run: Progressive) -> dict[str, Any]:
     config, args = run.config, run.args
     return {
         "version": [__version__, torch.__version__, transformers.__version__],
-        "teacher": config.teacher.model_dump(mode="json"),
-        "student": config.student.model_dump(mode="json"),
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        **{name: getattr(config, name).model_dump(mode="json") for name in ("teacher", "student", "tokenizer")},
         # A tokenizer that is trained has seen the task's text; the head, which GD leaves alone, has its classes.
-        "contents": run.data.digest() if tokenizer_source(config) is None else run.data.general_digest(),
+        "contents": run.data.digest() if runs.tokenizer_source(config) is None else run.data.general_digest(),
         "classes": run.data.num_labels,
         "length": config.data.length,
         "train": args.stages["GD"].of(config.train, last=False).model_dump(mode="json"),
         "latent": [args.latent.model_dump(mode="json"), args.latent_weight],
         "seed": config.seed,
-        **general_source(run),
+        **run.data.sources(),
     }
 
 

@@ -37,14 +37,8 @@ from torch import nn
 
 from kd_llm import evaluation as ev
 from kd_llm import metrics as m
-from kd_llm.engine.frontier import (
-    Normalisation,
-    Scheme,
-    Weighter,
-    binned_snr,
-    normalised_over_step,
-    problem_gradients,
-)
+from kd_llm import runs
+from kd_llm.engine.frontier import Normalisation, Scheme, Weighter, binned_snr, normalised_over_step, problem_gradients
 from kd_llm.engine.objective import Batch, DivergenceArgs, TokenObjective
 from kd_llm.engine.onpolicy import OnPolicy, OnPolicyConfig
 from kd_llm.engine.passrate import PassRates, Sampler, with_completion
@@ -55,18 +49,7 @@ from kd_llm.engine.teachers import LocalTeacher
 from kd_llm.engine.verifiers import verifier
 from kd_llm.integrations.stage import LMSetup, TransformersStage
 from kd_llm.models import add_adapters, load_model, parameters_of
-from kd_llm.runs import (
-    LLMRun,
-    Prepared,
-    Run,
-    make_setup,
-    open_teacher,
-    prepare,
-    teacher_stage,
-    tokenizer_source,
-    tokenizer_stage,
-)
-from kd_llm.tokenizers import open_tokenizer
+from kd_llm.runs import LLMRun, Prepared, Run
 from kd_llm.warmup import WarmupConfig, base_stage
 from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.data import mix
@@ -207,7 +190,7 @@ class Setting:
         """p_T: the teacher, or for self-distillation the student as it was at the start."""
         if self.args.variant == "self":
             return self.open(artefacts["base"])
-        return open_teacher(self.config, self.prepared, artefacts)
+        return runs.open_teacher(self.config, self.prepared, artefacts)
 
     def teacher_prompts(self, problems: Problems) -> list[torch.Tensor]:
         return problems.prompts if problems.shown is None else problems.shown
@@ -236,12 +219,10 @@ class Setting:
 
     def objective(self, artefacts: Artefacts, kind: Kind) -> PacedObjective:
         model, tokenizer = self.teacher(artefacts), self.prepared.tokenizer(artefacts)
-        over_step, theirs = self.args.normalise == "batch", self.config.teacher.pretrained
+        over_step = self.args.normalise == "batch"
         if self.args.variant == "self":
             return PacedObjective(ReferenceTeacher(model, tokenizer.pad_token_id), kind, over_step=over_step)
-        pair = None
-        if theirs is not None and tokenizer_source(self.config) != theirs:
-            pair = tokenizer, open_tokenizer(theirs, revision=self.config.teacher.revision, field="teacher.pretrained")
+        pair = runs.tokenizer_pair(self.config, tokenizer)
         return PacedObjective(LocalTeacher(model), kind, over_step=over_step, tokenizers=pair)
 
     def collator(self, artefacts: Artefacts) -> Any:
@@ -257,13 +238,13 @@ def _place(context: RunContext) -> tuple[int, int]:
 
 
 def stages(config: Run, context: RunContext) -> list[Stage]:
-    prepared = prepare(config)
+    prepared = runs.prepare(config)
     setting, args = Setting(config, prepared), config.method_args
     check(config, prepared)
-    teacher = [] if args.variant == "self" else teacher_stage(config, prepared)
+    teacher = [] if args.variant == "self" else runs.teacher_stage(config, prepared)
     template = args.reference_template if args.variant == "self" else None
     made: list[Stage] = [
-        tokenizer_stage(config, prepared),
+        runs.tokenizer_stage(config, prepared),
         *teacher,
         base_stage(config, prepared, args.warmup, template),
     ]
@@ -306,10 +287,10 @@ def measure_rates(setting: Setting, name: str, source: str, context: RunContext)
         model, problems.prompts, problems.answers, verifier(args.verifier),
         k=args.samples, sampling=args.sampling, seed=mix(setting.config.seed, 0),
     )  # fmt: skip
-    rates = table.rates
+    found = table.summary()
     context.say(
-        f"{name}: mean {rates.mean():.3f}, never solved {(rates == 0).double().mean():.1%}, always "
-        f"{(rates == 1).double().mean():.1%}, responses cut {table.truncation:.1%}"
+        f"{name}: mean {found['mean']:.3f}, never solved {found['never']:.1%}, always {found['always']:.1%}, "
+        f"responses cut {found['truncated']:.1%}"
     )
     path = context.folder / f"{name}.json"
     if context.is_main:
@@ -340,7 +321,7 @@ def training(setting: Setting, kind: Kind, source: str, table: str | None, conte
         rollouts = setting.rollouts(artefacts, source)
         hook = OnPolicy(rollouts, mixing, seed=mix(config.seed, 2), pad=pad, rank=rank)
     objective = setting.objective(artefacts, kind)
-    setup = make_setup(config, setting.prepared, context, student, objective, dataset=rows, window_hook=hook)
+    setup = runs.make_setup(config, setting.prepared, context, student, objective, dataset=rows, window_hook=hook)
     setup.collate = setting.collator(artefacts)
     return setup
 
@@ -381,7 +362,7 @@ def measure_snr(setting: Setting, kind: Kind, context: RunContext) -> Artefacts:
 def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
     """Accuracy on the test problems (mean over domains) of student, base and teacher; `forgotten`, the share of the
     base's sure answers that the student misses; the pass-rate tables and the diagnostic of the run."""
-    setting = Setting(config, prepare(config))
+    setting = Setting(config, runs.prepare(config))
     args, domains = config.method_args, setting.prepared.data.domains
     problems, device = setting.problems(artefacts, "test"), ev.run_device()
     prompts = {"student": problems.prompts, "base": problems.prompts, "teacher": setting.teacher_prompts(problems)}
@@ -394,32 +375,19 @@ def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
             k=args.test.samples, sampling=args.test.sampling, seed=mix(config.seed, 4),
         )  # fmt: skip
         rates[name] = table.rates
-        result |= m.prefixed(name, by_domain(table, problems.domains, domains))
+        result |= m.prefixed(name, table.accuracies(problems.domains, domains))
         result[f"{name}/parameters"] = parameters_of(model)
     sure = rates["base"] == 1
     if bool(sure.any()):
         result["student/forgotten"] = float(1 - rates["student"][sure].mean())
     for name in ("passrate1", "passrate2"):
         if name in artefacts:
-            table = PassRates.load(artefacts[name])
-            edges = {
-                "never": float((table.rates == 0).double().mean()),
-                "always": float((table.rates == 1).double().mean()),
-            }
-            result |= m.prefixed(name, {"mean": float(table.rates.mean()), "truncated": table.truncation, **edges})
+            result |= m.prefixed(name, PassRates.load(artefacts[name]).summary())
     if "snr" in artefacts:
         found = json.loads(artefacts["snr"].read_text(encoding="utf-8"))
         result |= {f"snr/{name}": values["unbiased"] for name, values in found["bins"].items()}
         result["snr/edge_share"] = found["edge_share"]
     return result
-
-
-def by_domain(table: PassRates, of: Sequence[int], domains: Sequence[str]) -> dict[str, float]:
-    """accuracy (mean over domains), accuracy/<domain>, truncated."""
-    where = torch.tensor(of)
-    parts = {domains[i]: float(table.rates[where == i].mean()) for i in sorted(set(of))}
-    several = {f"accuracy/{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
-    return {"accuracy": sum(parts.values()) / len(parts), **several, "truncated": table.truncation}
 
 
 METHOD = Method("paced", __doc__ or "", LLMRun[PacedConfig], stages, evaluate, ev.predict)

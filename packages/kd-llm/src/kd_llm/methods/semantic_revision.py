@@ -21,35 +21,40 @@ and (7); the numbers of the equations are this file's.
 Ours, since no code is public: phi_i, the log-probabilities of the teacher's 32 most likely tokens under both models
 (constants); f, an MLP 64-64-2; k_min and P_min, since (5) alone draws the band together until nothing is left to learn
 (with k_min = 8 and no P_min, f ends with those 8 tokens); and the gradient of f, straight through: m = 1_K in (5) has
-the derivative of sigmoid((rho - l)/tau) sigmoid((u - rho)/tau) on tokens that the band alone decides on.
+the derivative of sigmoid((rho - l)/tau) sigmoid((u - rho)/tau) on tokens that the band alone decides on. Whether the
+paper normalises in (5) is not confirmed: as written, nothing but L_SFT teaches how much probability lies off K.
+`clip.mode` tail adds that as one more outcome, truncated leaves out the normalisation.
 
 f trains with the student and is dropped. Logits exist for a few rows at a time (`kd_llm.engine.chunked`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kd_llm.engine.chunked import HeadRows, chunked_loss, row_blocks
-from kd_llm.engine.heads import head_of
-from kd_llm.engine.objective import Objective, StudentCall, run_body
-from kd_llm.engine.onpolicy import IGNORE, with_responses
+from kd_llm import runs
+from kd_llm.engine.chunked import HeadRows, chunked_loss, pair_blocks, row_blocks
+from kd_llm.engine.heads import common_vocabulary, head_of
+from kd_llm.engine.objective import Objective, StudentCall
+from kd_llm.engine.onpolicy import with_responses
+from kd_llm.engine.perplexity import perplexities
 from kd_llm.engine.replay import OffPolicyConfig, StudentResponses
 from kd_llm.engine.revision import Reviser, sides
-from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, Sampling, evaluating
-from kd_llm.engine.rows import predicted, row_weights
-from kd_llm.engine.spans import Chunker, ChunkerName, chunker, neighbours, response_spans, rows_of
+from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, Sampling
+from kd_llm.engine.rows import row_weights, sum_over_processes
+from kd_llm.engine.spans import Chunker, ChunkerName, chunker, data_responses, neighbours, response_spans, rows_of
 from kd_llm.engine.teachers import TeacherSource
 from kd_llm.engine.token_loss import Divergence, token_terms
 from kd_llm.evaluation import evaluate, predict, spaced
 from kd_llm.metrics import evaluation_batches
 from kd_llm.models import open_model
-from kd_llm.runs import LLMRun, Networks, Run, prepare, student_stage, supervised, teacher_stage, tokenizer_stage
+from kd_llm.runs import LLMRun, Networks, Run
 from kdcore.config import Config, MethodConfig, TrainConfig
 from kdcore.data import mix
 from kdcore.distiller import LossTerms
@@ -72,6 +77,9 @@ class ClipConfig(Config):
     k_min: int = Field(8, ge=1, description="most likely tokens that are always kept")
     min_mass: float = Field(
         0.9, ge=0, lt=1, description="P_min: the most likely tokens that reach it together are always kept; 0: no floor"
+    )
+    mode: Literal["renormalised", "tail", "truncated"] = Field(
+        "renormalised", description="p and q normalised on K; with the rest as one outcome; as they are"
     )
     hidden: int = Field(64, ge=1, description="width of f")
     softness: float = Field(0.01, gt=0, description="tau of the soft mask, in ranks as a share of the vocabulary")
@@ -131,13 +139,7 @@ class ClipNetwork(nn.Module):
 
 
 def kept_set(
-    t: Tensor,
-    target: Tensor,
-    low: Tensor,
-    high: Tensor,
-    k_min: int,
-    softness: float = 0.01,
-    min_mass: float = 0.0,
+    t: Tensor, target: Tensor, low: Tensor, high: Tensor, k_min: int, softness: float = 0.01, min_mass: float = 0.0
 ) -> Tensor:
     """1_K of (4), with the gradient of the soft band where only the band decides.
 
@@ -166,16 +168,19 @@ def kept_set(
     return mask + (soft - soft.detach()).masked_fill(forced, 0.0)
 
 
-def clipped_kl(z: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+def clipped_kl(z: Tensor, t: Tensor, mask: Tensor, mode: str = "renormalised") -> Tensor:
     """Row values (C,) of (5): KL(p m / P || q m / Q), with P = sum p m and Q = sum q m, for logits z, t (C, V).
 
     m cancels inside the logarithm, so the value is (sum p m ln(p/q)) / P - ln P + ln Q and has a derivative in m
-    everywhere. Its gradient in z is q m / Q - p m / P, which is 0 off K; t is a constant.
+    everywhere. Its gradient in z is q m / Q - p m / P, which is 0 off K; t is a constant. The other modes are those of
+    `kdcore.gpu.topk`: truncated is sum p m ln(p/q), and tail that plus (1 - P) ln((1 - P)/(1 - Q)).
 
     >>> p, q = torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]]), torch.tensor([[0.3, 0.3, 0.2, 0.1, 0.1]])
     >>> round(clipped_kl(q.log(), p.log(), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])).item(), 6)
     0.071194
     """
+    if mode != "renormalised":
+        return _kl_with_rest(z, t, mask, tail=mode == "tail")
     # Any constant may be taken from z, since (5) normalises: the largest kept logit, because the kept mass of q may be
     # tiny. What K leaves out has m = 0 and any size; the bound keeps it finite.
     lp, lq = t.detach().log_softmax(1), z - z.detach().masked_fill(mask.detach() == 0, -torch.inf).amax(1, keepdim=True)
@@ -183,6 +188,15 @@ def clipped_kl(z: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     kept = pm.sum(1)
     ratio = (lp - lq).masked_fill(lp == -torch.inf, 0.0)
     return (pm * ratio).sum(1) / kept - kept.log() + qm.sum(1).log()
+
+
+def _kl_with_rest(z: Tensor, t: Tensor, mask: Tensor, *, tail: bool) -> Tensor:
+    lp, lq = t.detach().log_softmax(1), z.log_softmax(1)
+    kept = (lp.exp() * mask * (lp - lq).masked_fill(lp == -torch.inf, 0.0)).sum(1)
+    if not tail:
+        return kept
+    rest_p, rest_q = ((x.exp() * (1 - mask)).sum(1).clamp(min=1e-9) for x in (lp, lq))  # no 1 - P, which cancels
+    return kept + rest_p * (rest_p.log() - rest_q.log())
 
 
 # ---------------------------------------------------------------- spans
@@ -203,7 +217,8 @@ class SemanticRevision(Objective):
     """Equation (7). `window` chooses, samples and revises the responses of an optimiser step before it is counted.
 
     Args:
-        teacher: a source of whole distributions. tokenizer: of both models; it finds the chunks.
+        teacher: a source of whole distributions. tokenizer: of the student; it finds the chunks.
+        teacher_tokenizer: to be compared with it; needed where the vocabularies have different sizes.
         validation: batches of held-out data for the adaptive probability; empty: it stays at its initial value.
         prompt_tokens: for text without prompts: how many of its first tokens serve as the prompt.
         rank: this process's number, so that processes sample apart.
@@ -224,21 +239,17 @@ class SemanticRevision(Objective):
         prompt_tokens: int | None = None,
         rank: int = 0,
         chunk: Chunker | None = None,
+        teacher_tokenizer: Any = None,
     ):
         super().__init__()
+        self.tokenizers = teacher_tokenizer and (tokenizer, teacher_tokenizer)
         self.teacher, self.args, self.rollouts, self.tokenizer = teacher, args, rollouts, tokenizer
         self.validation = list(validation)
         self.chunk = chunk or chunker(args.chunker)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.reviser = Reviser(rollouts, teacher, args.sampling, pad=self.pad, eos=[tokenizer.eos_token_id])
         self.responses = StudentResponses(
-            rollouts,
-            args.off_policy,
-            args.sampling,
-            seed=seed,
-            rank=rank,
-            prompt_tokens=prompt_tokens,
-            revise=self.revise,
+            rollouts, args.off_policy, args.sampling, self.revise, seed=seed, rank=rank, prompt_tokens=prompt_tokens
         )
         self.learns_edges = args.clip.bounds is None and args.dac_weight > 0
         if self.learns_edges:
@@ -249,6 +260,7 @@ class SemanticRevision(Objective):
         self.teacher.prepare(student)
         if not head_of(student).linear:
             raise InputError("student: its output head is not linear; allowed: models with a linear one")
+        common_vocabulary(head_of(student), self.teacher.num_outputs, self.tokenizers)  # what `sides` cuts both to
 
     # ------------------------------------------------------------ responses
 
@@ -259,9 +271,7 @@ class SemanticRevision(Objective):
         chosen = self.responses.choose(student, batches, step)
         made = [{**batch, **self._described(batch, rollouts)} for batch, rollouts in zip(batches, chosen, strict=True)]
         counts = torch.tensor([[self.count(response(b)), len(b["span_pairs"])] for b in made]).sum(0)
-        counts = counts.to(made[0]["input_ids"].device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+        counts = sum_over_processes(counts.to(made[0]["input_ids"].device))
         return [{**batch, "response_items": counts[0], "span_items": counts[1]} for batch in made]
 
     def revise(self, student: nn.Module, made: Sequence[Rollout], seed: int) -> list[Rollout]:
@@ -279,28 +289,15 @@ class SemanticRevision(Objective):
             found = dict(zip(RESPONSE, (rebuilt["input_ids"], rebuilt["attention_mask"], rebuilt["labels"])))
         if self.args.span_weight == 0:
             return {**found, "span_pairs": torch.zeros(0, 2, dtype=torch.int64)}
-        parts = _pieces(batch, self.tokenizer.eos_token_id) if rollouts is None else [
+        parts = data_responses(batch, self.tokenizer.eos_token_id) if rollouts is None else [
             (r.ids.tolist(), r.completion_start, len(r.ids), not r.finished) for r in rollouts
         ]  # fmt: skip
-        spans = [
-            response_spans(self.tokenizer, ids, start, stop, chunk=self.chunk, cut=open_end)
-            for ids, start, stop, open_end in parts
-        ]
+        spans = [response_spans(self.tokenizer, *part, chunk=self.chunk, cut=open_end) for *part, open_end in parts]
         return {**found, "span_pairs": neighbours(spans).to(batch["input_ids"].device)}
 
-    @torch.no_grad()
     def validation_loss(self, student: nn.Module) -> float:
         """Mean cross-entropy on the validation batches, in nats per token."""
-        device = next(student.parameters()).device
-        batches = [{key: value.to(device) for key, value in batch.items()} for batch in self.validation]
-        total, tokens = 0.0, 0
-        with evaluating(student):
-            for batch in batches:
-                rows = run_body(student, batch, predicted(batch, self.shift).nonzero(), self.shift)
-                ones = torch.ones(len(rows.labels), device=device)
-                total += float(token_terms(rows, None, ones, Divergence(), hard_weight=1.0).total())
-                tokens += len(rows.labels)
-        return total / max(1, tokens)
+        return math.log(perplexities(student, {"validation": self.validation})["validation"])
 
     def on_step_end(self, trainer: Any) -> None:
         self.responses.steps = int(trainer.state.max_steps)
@@ -337,21 +334,17 @@ class SemanticRevision(Objective):
 
     def dac(self, mine: HeadRows, theirs: HeadRows, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """sum_i w_i of (5), and of the rows: the kept share |K| / V and the teacher's kept mass."""
-        clip = self.args.clip
+        clip, vocabulary = self.args.clip, len(mine.weight)
         network = self.auxiliary["clip"] if self.learns_edges else None
-        vocabulary = len(mine.weight)
         blocks = row_blocks(len(labels), vocabulary, labels.device)
 
         def block(z: Tensor, t: Tensor, number: int) -> tuple[Tensor, Tensor]:
-            some = blocks[number]
-            low, high = (
-                network(z, t) if network is not None else z.new_tensor(clip.bounds or (0, 1)).expand(len(z), 2).T
-            )
-            target = labels[some].clamp(max=vocabulary - 1)
+            fixed = z.new_tensor(clip.bounds or (0, 1)).expand(len(z), 2).T
+            low, high = fixed if network is None else network(z, t)
+            target, w = labels[blocks[number]].clamp(max=vocabulary - 1), weights[blocks[number]].to(z.dtype)
             mask = kept_set(t, target, low, high, clip.k_min, clip.softness, clip.min_mass)
-            w = weights[some].to(z.dtype)
             kept = torch.stack([mask.detach().mean(1), (t.softmax(1) * mask.detach()).sum(1)])
-            return (clipped_kl(z, t, mask) * w).sum(), kept @ w
+            return (clipped_kl(z, t, mask, clip.mode) * w).sum(), kept @ w
 
         parameters = () if network is None else tuple(network.parameters())
         return chunked_loss(mine, theirs, blocks, block, parameters=parameters, statistics=2)
@@ -361,19 +354,12 @@ class SemanticRevision(Objective):
         pairs = batch.get("span_pairs")
         first, second = (index[:0, 0],) * 2 if pairs is None else rows_of(pairs, index, int(self.shift))
         total = max(1, len(first)) if "span_items" not in batch else batch["span_items"].clamp(min=1)
-        size = max(1, len(row_blocks(1 << 20, len(mine.weight), first.device)[0]) // 2)
-        rows, places = [], []
-        for a, b in zip(first.split(size), second.split(size)):
-            some, where = torch.cat([a, b]).unique(return_inverse=True)
-            rows.append(some)
-            places.append(where.split(len(a)))
-        if not len(first):
-            rows = []
+        blocks, places = pair_blocks(first, second, len(mine.weight))
 
         def block(z: Tensor, t: Tensor, number: int) -> tuple[Tensor, Tensor]:
             return span_products(z, t, *places[number]).sum() / total, z.new_zeros(0)
 
-        return chunked_loss(mine, theirs, rows, block)[0]
+        return chunked_loss(mine, theirs, blocks, block)[0]
 
 
 def response(batch: Batch) -> Batch:
@@ -381,16 +367,6 @@ def response(batch: Batch) -> Batch:
     if RESPONSE[0] not in batch:
         return batch
     return dict(zip(("input_ids", "attention_mask", "labels"), (batch[key] for key in RESPONSE)))
-
-
-def _pieces(batch: Batch, eos: int) -> list[tuple[list[int], int, int, bool]]:
-    """Ids, first and past-the-last position of the data's responses, and whether they were cut off."""
-    pieces = []
-    for ids, labels in zip(batch["input_ids"].tolist(), (batch["labels"] != IGNORE).tolist(), strict=True):
-        places = [i for i, learned in enumerate(labels) if learned] or [0]
-        start, stop = places[0], places[-1] + 1
-        pieces.append((ids[:stop], start, stop, ids[stop - 1] != eos))
-    return pieces
 
 
 # ---------------------------------------------------------------- the method
@@ -406,6 +382,7 @@ def build(config: Run, networks: Networks) -> SemanticRevision:
         args,
         rollouts=HFRollouts(networks.tokenizer),
         tokenizer=networks.tokenizer,
+        teacher_tokenizer=runs.tokenizer_pair(config, networks.tokenizer)[1],
         seed=config.seed,
         validation=list(evaluation_batches(rows, collate, config.evaluation.batch_size)),
         prompt_tokens=config.data.prompt_tokens,
@@ -428,21 +405,21 @@ def check(config: Run) -> None:
 def stages(config: Run, context: RunContext) -> list[Stage]:
     """Tokenizer, teacher, the student on the labels (`sft`), the student."""
     check(config)
-    prepared = prepare(config)
+    prepared = runs.prepare(config)
     sft: TrainConfig | None = config.method_args.sft
-    found = [tokenizer_stage(config, prepared), *teacher_stage(config, prepared)]
+    found = [runs.tokenizer_stage(config, prepared), *runs.teacher_stage(config, prepared)]
     if sft is None:
-        return [*found, student_stage(config, prepared, build)]
+        return [*found, runs.student_stage(config, prepared, build)]
 
     def start(context: RunContext) -> nn.Module:
         source = {"pretrained": str(context.artefacts["sft"]), "revision": None, "config": None, "cut": None}
         student = config.student.model_copy(update=source)
         return open_model(student, config.task, prepared.tokenizer(context.artefacts), field="sft")
 
-    first = student_stage(
-        config, prepared, lambda config, networks: supervised(config), train=sft, name="sft", artefact="sft"
+    first = runs.student_stage(
+        config, prepared, lambda config, networks: runs.supervised(config), train=sft, name="sft", artefact="sft"
     )
-    return [*found, first, student_stage(config, prepared, build, model=start)]
+    return [*found, first, runs.student_stage(config, prepared, build, model=start)]
 
 
 METHOD = Method("semantic_revision", __doc__, LLMRun[SemanticRevisionConfig], stages, evaluate, predict)

@@ -37,14 +37,13 @@ from torch.autograd.function import once_differentiable
 
 from kd_llm import evaluation as ev
 from kd_llm import metrics as m
-from kd_llm.engine.blocks import Layer, block_linears, hidden_layers, hidden_of
+from kd_llm.engine.blocks import Layer, block_linears, hidden_layers, hidden_of, real_positions
 from kd_llm.engine.masks import MASKS, SPARSITY, MaskedWeights, Masks, load_masks, masks_of, save_masks, sparsity_report
 from kd_llm.engine.objective import DivergenceArgs, StudentCall, TokenObjective
 from kd_llm.engine.pruning import prune_model
-from kd_llm.engine.rows import IGNORE, model_inputs, predicted, row_weights, segments
+from kd_llm.engine.rows import model_inputs
 from kd_llm.engine.sparse import Pattern
 from kd_llm.engine.teachers import LocalTeacher, TeacherSource
-from kd_llm.engine.token_loss import token_terms
 from kd_llm.models import load_model
 from kd_llm.runs import (
     LLMRun,
@@ -56,6 +55,7 @@ from kd_llm.runs import (
     prepare,
     student_stage,
     teacher_stage,
+    tokenizer_pair,
     tokenizer_stage,
     write_cache,
 )
@@ -145,23 +145,6 @@ def relative_error(
     return _RelativeError.apply(student, teacher.detach(), real.bool(), eps, normalise)
 
 
-def real_positions(batch: Batch, layer: Layer) -> Tensor:
-    """U of eq. (1) as a mask (B, S): tokens that are no padding, each once.
-
-    By the attention mask; in packed batches, which have none, the documents that predict anything (their padding is
-    one that does not); in an encoder-decoder's decoder, the positions with a label.
-    """
-    if layer.decoder:
-        mask = batch.get("decoder_attention_mask")
-        return batch["labels"] != IGNORE if mask is None else mask.bool()
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    if "position_ids" not in batch:
-        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    numbers = segments(batch)
-    return torch.isin(numbers, numbers[predicted(batch, shift=True)])
-
-
 class SquareHead:
     """L_sq of eq. (2) between a student and a teacher of one architecture, by hooks on both.
 
@@ -217,14 +200,20 @@ class SquareHead:
 
 
 class SparseFinetuning(TokenObjective):
-    """Eqs. (4) and (5). `masks` are by parameter name of the student, bool, True where a weight may differ from 0."""
+    """Eqs. (4) and (5). `masks` are by parameter name of the student, bool, True where a weight may differ from 0.
+
+    `tokenizers` are (student's, teacher's), see `TokenObjective`.
+    """
 
     name = "sparse_finetuning"
 
-    def __init__(self, teacher: TeacherSource | None, args: SparseFinetuningConfig, masks: Mapping[str, Tensor]):
+    def __init__(
+        self, teacher: TeacherSource | None, args: SparseFinetuningConfig, masks: Masks, tokenizers: Any = None
+    ):
         self.has_token_terms = args.c_ce > 0 or args.c_kl > 0
         hard = args.c_ce if self.has_token_terms else 1.0  # SquareHead alone: the token terms are left out below
-        super().__init__(teacher, DivergenceArgs(soft_weight=args.c_kl, hard_weight=hard, temperature=args.temperature))
+        divergence = DivergenceArgs(soft_weight=args.c_kl, hard_weight=hard, temperature=args.temperature)
+        super().__init__(teacher, divergence, tokenizers=tokenizers)
         if args.c_sq > 0 and not isinstance(teacher, LocalTeacher):
             raise InputError("c_sq: SquareHead needs the teacher itself, not its cached or served outputs")
         self.c_sq, self.normalise, self.masks = args.c_sq, args.normalise, masks
@@ -247,12 +236,7 @@ class SparseFinetuning(TokenObjective):
             signal, _ = self.teacher.run(batch, rows)
         terms = LossTerms()
         if self.has_token_terms:
-            args, items_here = self.args, self.count(batch) if items is None else items
-            signal = signal if args.soft_weight > 0 else None
-            weights = row_weights(batch, rows.index, items_here)
-            terms = token_terms(
-                rows, signal, weights, args.kind(), args.soft_weight, args.hard_weight, vocabulary=self.vocabulary
-            )
+            terms = self.terms_to(signal if self.args.soft_weight > 0 else None, rows, batch, items)
         terms["squarehead"] = (self.c_sq, torch.stack(errors).sum() * self.share(batch, items))
         return terms
 
@@ -352,7 +336,9 @@ def build(config: Run, networks: Networks) -> SparseFinetuning:
     args: SparseFinetuningConfig = config.method_args
     needed = args.c_sq > 0 or args.c_kl > 0
     masks = load_masks(networks.context.artefacts["pruned"] / MASKS)
-    return SparseFinetuning(networks.teacher if needed else None, args, masks)
+    return SparseFinetuning(
+        networks.teacher if needed else None, args, masks, tokenizer_pair(config, networks.tokenizer)
+    )
 
 
 def stages(config: Run, context: RunContext) -> list[Stage]:

@@ -87,7 +87,7 @@ def build(config: Any, networks: Networks) -> Objective:
         return ClassificationObjective(teacher, temperature=args.temperature, **weights)
     plain = DivergenceArgs.model_validate(args.model_dump(include=set(DivergenceArgs.model_fields)))
     teacher_source = networks.teacher if args.soft_weight else None
-    return TokenObjective(teacher_source, plain, tokenizers=runs.tokenizer_pair(config, networks))
+    return TokenObjective(teacher_source, plain, tokenizers=runs.tokenizer_pair(config, networks.tokenizer))
 
 
 def on_policy(networks: Networks) -> OnPolicy | None:
