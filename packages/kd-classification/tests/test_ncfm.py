@@ -332,7 +332,8 @@ def test_psi_asks_for_its_turn():
 def test_images_permute_with_their_gradients():
     distiller, steps = problem(operations=[], sampling="gaussian")
     assert [player.name for player in distiller.players()] == ["images"]
-    batch = next(iter(steps))
+    distiller, batch = distiller.double(), next(iter(steps))
+    batch = batch._replace(real=batch.real.double())
 
     def gradient() -> Tensor:
         torch.manual_seed(3)
