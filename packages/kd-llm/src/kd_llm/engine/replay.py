@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_llm.engine.onpolicy import Batch, prompts_of
+from kd_llm.engine.onpolicy import Batch, prompts_of, with_responses
 from kd_llm.engine.rollouts import Rollout, Rollouts, Sampling
 from kdcore.config import Config
 from kdcore.data import mix
@@ -222,6 +222,22 @@ class StudentResponses:
         self.buffer.load_state(state["replay"])
         self.probability.value, self.probability.reference = state["phi"], state["reference"]
         self.steps = state["steps"]
+
+
+# ---------------------------------------------------------------- responses beside the data's own
+
+RESPONSE = {"input_ids": "response_ids", "attention_mask": "response_mask", "labels": "response_labels"}
+
+
+def beside(batch: Batch, rollouts: Sequence[Rollout], pad: int) -> dict[str, Tensor]:
+    """The keys that a batch gains for responses that losses of their own are on, while it keeps the data's."""
+    rebuilt = with_responses({"input_ids": batch["input_ids"]}, rollouts, pad)
+    return {new: rebuilt[key] for key, new in RESPONSE.items()}
+
+
+def response(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch of the responses `beside`, or the batch itself where there are none."""
+    return {key: batch[new] for key, new in RESPONSE.items()} if RESPONSE["labels"] in batch else batch
 
 
 def _from_all(rollouts: list[Rollout]) -> list[Rollout]:

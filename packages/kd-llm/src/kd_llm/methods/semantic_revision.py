@@ -42,9 +42,8 @@ from kd_llm import runs
 from kd_llm.engine.chunked import HeadRows, chunked_loss, pair_blocks, row_blocks
 from kd_llm.engine.heads import common_vocabulary, head_of
 from kd_llm.engine.objective import Objective, StudentCall
-from kd_llm.engine.onpolicy import with_responses
 from kd_llm.engine.perplexity import perplexities
-from kd_llm.engine.replay import OffPolicyConfig, StudentResponses
+from kd_llm.engine.replay import OffPolicyConfig, StudentResponses, beside, response
 from kd_llm.engine.revision import Reviser, sides
 from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, Sampling
 from kd_llm.engine.rows import row_weights, sum_over_processes
@@ -210,8 +209,6 @@ def span_products(z: Tensor, t: Tensor, first: Tensor, second: Tensor) -> Tensor
 
 # ---------------------------------------------------------------- the objective
 
-RESPONSE = ("response_ids", "response_mask", "response_labels")
-
 
 class SemanticRevision(Objective):
     """Equation (7). `window` chooses, samples and revises the responses of an optimiser step before it is counted.
@@ -283,10 +280,7 @@ class SemanticRevision(Objective):
 
     def _described(self, batch: Batch, rollouts: Sequence[Rollout] | None) -> dict[str, Tensor]:
         """The keys that a micro-batch gains: its responses where they are not its own, and `span_pairs` (P, 2)."""
-        found: dict[str, Tensor] = {}
-        if rollouts is not None:
-            rebuilt = with_responses({"input_ids": batch["input_ids"]}, rollouts, self.pad)
-            found = dict(zip(RESPONSE, (rebuilt["input_ids"], rebuilt["attention_mask"], rebuilt["labels"])))
+        found = {} if rollouts is None else beside(batch, rollouts, self.pad)
         if self.args.span_weight == 0:
             return {**found, "span_pairs": torch.zeros(0, 2, dtype=torch.int64)}
         parts = data_responses(batch, self.tokenizer.eos_token_id) if rollouts is None else [
@@ -360,13 +354,6 @@ class SemanticRevision(Objective):
             return span_products(z, t, *places[number]).sum() / total, z.new_zeros(0)
 
         return chunked_loss(mine, theirs, blocks, block)[0]
-
-
-def response(batch: Batch) -> Batch:
-    """What (5) and (6) are on: the batch that `window` added, or the batch itself."""
-    if RESPONSE[0] not in batch:
-        return batch
-    return dict(zip(("input_ids", "attention_mask", "labels"), (batch[key] for key in RESPONSE)))
 
 
 # ---------------------------------------------------------------- the method
