@@ -114,7 +114,7 @@ class FeatureTap:
         """Forget the values (and free their graphs); the hooks stay."""
         self._values.clear()
 
-    def _hook(self, alias: str) -> Callable[[nn.Module, Any, Any], None]:
+    def _hook(self, alias: str) -> Callable[[nn.Module, Any, Mapping[str, Any], Any], None]:
         select, values, detach, name = self._selects.get(alias), self._values, self.detach, self.names[alias]
 
         def keep(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
