@@ -377,6 +377,32 @@ def test_vllm_rollouts_and_weights(monkeypatch):
     assert rollouts.llm.resets == 1
 
 
+def test_a_vllm_engine_starts_from_the_student_whatever_made_it(monkeypatch, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from kd_llm.networks import student_rollouts
+    from kd_llm.tokenizers import train_tokenizer
+
+    fake = SimpleNamespace(LLM=FakeVLLM, SamplingParams=lambda **k: SimpleNamespace(**k), __spec__=object())
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    base, accelerator = tiny_model(), SimpleNamespace(wait_for_everyone=lambda: None)
+    expected = {name: value.clone() for name, value in base.state_dict().items()}
+    student = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    networks = SimpleNamespace(
+        student=student,
+        tokenizer=train_tokenizer(["a b"] * 9, 300),
+        context=SimpleNamespace(folder=tmp_path, is_main=True, accelerator=accelerator),
+    )
+    assert isinstance(student_rollouts("transformers", {}, networks), HFRollouts)
+    made = student_rollouts("vllm", {"max_model_len": 64}, networks)
+    assert made.llm.arguments["max_model_len"] == 64
+    assert made.llm.arguments["model"] == str(tmp_path / "rollouts")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "rollouts").state_dict()
+    assert opened.keys() == expected.keys()
+    assert all(torch.equal(opened[name], value) for name, value in expected.items())
+
+
 # ---------------------------------------------------------------- mixing
 
 

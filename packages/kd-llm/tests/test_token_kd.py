@@ -297,6 +297,7 @@ def test_bad_configs_are_named(changes, message):
             {"task": "masked", "method_args.lmbda": 0.0, "teacher.cache": "x"},
             r"teacher\.cache: the masked tokens are drawn",
         ),
+        ({"method_args.rollouts": "vllm"}, "vllm is not installed"),
         ({"teacher.cache": "x"}, r"teacher\.cache: it has the texts of the data alone; not with method_args\.lmbda"),
         ({"task": "classification", "method_args.lmbda": 0.0}, "has no labels"),
         ({"train.monitor": "perplexety"}, r"train\.monitor = 'perplexety': not a metric; did you mean 'perplexity'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from kdcore.stages import Artefacts, RunContext
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kd_llm.engine.rollouts import Rollouts, SamplerName
     from kd_llm.engine.teachers import TeacherSource
 
 A = TypeVar("A", bound=MethodConfig)
@@ -181,6 +182,23 @@ def teacher_source(config: Run, networks: Networks) -> TeacherSource:
         batches = training_batches(networks.tokens, Collator(networks.tokenizer), config.train.batch_size)
         return CachedTeacher(teacher.cache, teacher=networks.teacher_fingerprint(), data=data_identity(batches))
     return LocalTeacher(networks.teacher_model)
+
+
+def student_rollouts(kind: SamplerName, engine: Mapping[str, Any], networks: Networks) -> Rollouts:
+    """What samples from the student: transformers' generate, or a vLLM engine that starts from a copy of its weights
+    in the run's folder; `engine` are the arguments of its `LLM`."""
+    from kd_llm.engine.heads import base_model
+    from kd_llm.engine.rollouts import HFRollouts, VLLMRollouts, plain_weights
+
+    if kind == "transformers":
+        return HFRollouts(networks.tokenizer)
+    context, folder = networks.context, networks.context.folder / "rollouts"
+    if context.is_main:
+        weights = plain_weights(networks.student)
+        base_model(networks.student).save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        networks.tokenizer.save_pretrained(str(folder))
+    context.accelerator.wait_for_everyone()
+    return VLLMRollouts(str(folder), **engine)
 
 
 def tokenizer_pair(config: Run, tokenizer: Any) -> tuple[Any, Any]:

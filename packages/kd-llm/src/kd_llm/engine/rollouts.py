@@ -16,12 +16,13 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kd_llm.engine.heads import base_model
 from kd_llm.engine.rows import is_encoder_decoder
 from kdcore.config import Config
 from kdcore.data import mix
@@ -283,6 +284,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------- vLLM
 
 
+SamplerName = Literal["transformers", "vllm"]
+
+
+def check_vllm() -> None:
+    """InputError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("rollouts: vllm is not installed; install it beside kd-llm, or use transformers' generate")
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a (peft-wrapped) model under the names of its checkpoint, without what adapters add."""
+    weights = base_model(model).state_dict()
+    return {name.replace(".base_layer", ""): value for name, value in weights.items() if "lora_" not in name}
+
+
 class VLLMRollouts:
     """Responses by a vLLM engine in this process, with a copy of the weights that `sync` refreshes.
 
@@ -292,8 +308,7 @@ class VLLMRollouts:
     """
 
     def __init__(self, model: str, *, eos: Sequence[int] | None = None, **engine: Any):
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError("rollouts: vllm is not installed; install it beside kd-llm, or use transformers' generate")
+        check_vllm()
         import os
 
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # sync reaches into the engine of this process
@@ -309,12 +324,8 @@ class VLLMRollouts:
         if merged:
             model.merge_adapter()  # type: ignore[operator]
         try:
-            inner: Any = model.get_base_model() if merged else model  # type: ignore[operator]
-            weights = [
-                (name.replace(".base_layer", ""), w) for name, w in inner.state_dict().items() if "lora_" not in name
-            ]
             engine = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-            engine.load_weights(weights)
+            engine.load_weights(list(plain_weights(model).items()))
         finally:
             if merged:
                 model.unmerge_adapter()  # type: ignore[operator]

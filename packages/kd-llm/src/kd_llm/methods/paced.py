@@ -44,7 +44,7 @@ from kd_llm.engine.onpolicy import OnPolicy, OnPolicyConfig
 from kd_llm.engine.passrate import PassRates, Sampler, with_completion
 from kd_llm.engine.problems import Problems, problems_of
 from kd_llm.engine.reference import ReferenceTeacher, WithReference
-from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, Sampling, VLLMRollouts
+from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, SamplerName, Sampling, VLLMRollouts
 from kd_llm.engine.teachers import LocalTeacher
 from kd_llm.engine.verifiers import verifier
 from kd_llm.integrations.stage import LMSetup, TransformersStage
@@ -95,7 +95,7 @@ class PacedConfig(MethodConfig):
     reference_template: str = Field(
         "{prompt}\n\nReference solution: {reference}\n\n", description="prompt of the teacher of `variant: self`"
     )
-    rollouts: Literal["transformers", "vllm"] = Field("transformers", description="what samples")
+    rollouts: SamplerName = Field("transformers", description="what samples")
     engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of its LLM, as in its own docs")
     diagnostic: int = Field(0, ge=0, description="problems of each of five pass-rate bins for (6); 0: not measured")
     warmup: WarmupConfig | None = Field(None, description="train the student first; None: it is trained already")

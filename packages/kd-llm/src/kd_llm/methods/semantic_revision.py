@@ -45,7 +45,7 @@ from kd_llm.engine.objective import Objective, StudentCall
 from kd_llm.engine.perplexity import perplexities
 from kd_llm.engine.replay import OffPolicyConfig, StudentResponses, beside, response
 from kd_llm.engine.revision import Reviser, sides
-from kd_llm.engine.rollouts import HFRollouts, Rollout, Rollouts, Sampling
+from kd_llm.engine.rollouts import Rollout, Rollouts, SamplerName, Sampling, check_vllm
 from kd_llm.engine.rows import row_weights, sum_over_processes
 from kd_llm.engine.spans import Chunker, ChunkerName, chunker, data_responses, neighbours, response_spans, rows_of
 from kd_llm.engine.teachers import TeacherSource
@@ -107,6 +107,8 @@ class SemanticRevisionConfig(MethodConfig):
     sampling: Sampling = Field(
         default_factory=lambda: Sampling.model_validate({}), description="of the student; its length limits y of (2)"
     )
+    rollouts: SamplerName = Field("transformers", description="what samples from the student")
+    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of its LLM, as in its own docs")
     sft: TrainConfig | None = Field(None, description="training of the student on the labels alone before all this")
 
     @model_validator(mode="after")
@@ -367,7 +369,7 @@ def build(config: Run, networks: Networks) -> SemanticRevision:
     return SemanticRevision(
         networks.teacher,
         args,
-        rollouts=HFRollouts(networks.tokenizer),
+        rollouts=runs.student_rollouts(args.rollouts, args.engine, networks),
         tokenizer=networks.tokenizer,
         teacher_tokenizer=runs.tokenizer_pair(config, networks.tokenizer)[1],
         seed=config.seed,
@@ -387,6 +389,8 @@ def check(config: Run) -> None:
         if getattr(config.teacher, name) is not None:
             raise InputError(f"teacher.{name}: the losses need the teacher's whole distribution; leave it out")
     chunker(config.method_args.chunker)
+    if config.method_args.rollouts == "vllm":
+        check_vllm()
 
 
 def stages(config: Run, context: RunContext) -> list[Stage]:

@@ -34,7 +34,7 @@ from kd_llm import runs
 from kd_llm.engine.classification import ClassificationObjective
 from kd_llm.engine.objective import DivergenceArgs, Objective, TokenObjective
 from kd_llm.engine.onpolicy import OnPolicy, OnPolicyConfig
-from kd_llm.engine.rollouts import HFRollouts, Sampling
+from kd_llm.engine.rollouts import HFRollouts, SamplerName, Sampling, check_vllm
 from kd_llm.engine.teacher_texts import read_rows, teacher_rows, write_rows
 from kd_llm.runs import LLMRun, Networks, Prepared
 from kdcore.config import Config, MethodConfig
@@ -65,6 +65,8 @@ class TokenKDConfig(DivergenceArgs, MethodConfig):
     sampling: Sampling = Field(
         default_factory=lambda: Sampling.model_validate({}), description="how the student writes them"
     )
+    rollouts: SamplerName = Field("transformers", description="what samples from the student")
+    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of its LLM, as in its own docs")
     sequence: SequenceConfig | None = Field(None, description="the teacher's texts in the place of the data's")
 
     @model_validator(mode="after")
@@ -100,12 +102,17 @@ def on_policy(networks: Networks) -> OnPolicy | None:
     mixing = OnPolicyConfig(lmbda=args.lmbda, sampling=args.sampling, prompt_tokens=prompt_tokens)
     rank = networks.context.accelerator.process_index
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    return OnPolicy(HFRollouts(tokenizer), mixing, seed=config.seed, pad=pad, rank=rank)
+    rollouts = runs.student_rollouts(args.rollouts, args.engine, networks)
+    return OnPolicy(rollouts, mixing, seed=config.seed, pad=pad, rank=rank)
 
 
 def check(config: Any, prepared: Prepared) -> None:
     """Raises InputError for settings that do not go together, before anything trains."""
     args: TokenKDConfig = config.method_args
+    if args.lmbda > 0 and args.rollouts == "vllm":
+        check_vllm()
+        if config.task != "causal":
+            raise InputError(f"method_args.rollouts = 'vllm': only for decoders; task = '{config.task}'")
     generating = [name for name, on in (("lmbda", args.lmbda > 0), ("sequence", args.sequence is not None)) if on]
     for name in generating:
         if config.task not in ("causal", "seq2seq"):
