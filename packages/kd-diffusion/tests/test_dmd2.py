@@ -11,6 +11,7 @@ from torch import nn
 
 from kd_diffusion.engine.adversarial import GANConfig
 from kd_diffusion.engine.conditions import Condition
+from kd_diffusion.engine.denoiser import guide
 from kd_diffusion.engine.distillation import Networks
 from kd_diffusion.engine.process import EDM
 from kd_diffusion.engine.score import dmd_weight, edm_weight, inject
@@ -112,6 +113,7 @@ def test_guidance_scale_one_is_one_forward():
     guided = found.teacher.guided(x, t, condition, null, 1.75)
     assert calls == [2, 2, 4]
     torch.testing.assert_close(guided, unconditional + 1.75 * (plain - unconditional))
+    assert guide(double([0.0]), double([1.0]), 1.75).item() == 1.75
 
 
 # ---------------------------------------------------------------- who learns from what
@@ -254,6 +256,23 @@ def test_no_gradient_through_the_steps_before_the_trained_one():
     assert len(calls) == 3
     for gradient, parameter in zip(own, live.parameters(), strict=True):
         assert torch.equal(gradient, parameter.grad)
+
+
+def test_in_bfloat16_the_trained_step_learns_after_steps_without_a_graph():
+    """Autocast may keep the weights that a pass without a graph has cast; the conversions to x stay in float32."""
+    found = {}
+    for precise in (True, False):
+        method = dmd2(steps=4, gan=None)
+        method.stop_step = lambda draw: 3
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            sample = method.sample(batch(), "generator", grad=True)
+            terms = method.generator_terms(sample, batch(), method.draws.at("generator", 0))
+        assert sample.x.dtype == terms["matching"][1].dtype == torch.float32
+        terms.total().backward()
+        found[precise] = [p.grad for p in method.student.parameters()]
+    assert all(grad is not None for grad in found[False])
+    exact, rounded = (torch.cat([grad.flatten() for grad in grads]) for grads in found.values())
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.9
 
 
 def test_noised_data_as_the_input_of_later_steps():

@@ -20,10 +20,17 @@ from kd_diffusion.engine.adversarial import GANConfig
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.distillation import Networks
 from kd_diffusion.integrations.pipelines import open_pipeline, opened
-from kd_diffusion.integrations.routed import RoutedPipeline, Router, join_bundles, pooled, write_bundle
-from kd_diffusion.methods import dmd2, msd
-from kd_diffusion.methods.msd import METHOD, MSD, MSDConfig, routed_function, small_network
-from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, perceptual, write_pairs
+from kd_diffusion.integrations.routed import (
+    RoutedPipeline,
+    Router,
+    join_bundles,
+    pooled,
+    routed_function,
+    write_bundle,
+)
+from kd_diffusion.methods import dmd2
+from kd_diffusion.methods.msd import METHOD, MSD, MSDConfig, small_network
+from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, drawn_pairs, perceptual, read_pairs, write_pairs
 from kd_diffusion.partition import pooled_prompts, prompt_router, split_classes, split_embeddings
 from kd_diffusion.runs import Sampling, load_data, save_pipeline
 from kd_diffusion.testing import tiny_unet, unet_pipeline
@@ -291,10 +298,10 @@ def test_pairs_are_the_teachers_and_of_many_conditions(tmp_path, tiny_unet_folde
     part = data.train.subset(data.train.labels.argsort().numpy())  # class by class, as folders come
     settings = RegressionConfig(pairs=30, teacher_steps=2, distance="l2")
     write_pairs(tmp_path / "pairs", found, part, settings, kappa=1.0, seed=0, batch=16)
-    pairs = msd.read_pairs(tmp_path / "pairs")
+    pairs = read_pairs(tmp_path / "pairs")
     assert pairs.z.shape == pairs.y.shape == (30, 1, 8, 8)
     assert len(pairs.condition["class_labels"].unique()) > 5
-    own = msd.drawn_pairs(tmp_path / "pairs", settings.model_copy(update={"filtered": True}), split_classes(10, 2), 1)
+    own = drawn_pairs(tmp_path / "pairs", settings.model_copy(update={"filtered": True}), split_classes(10, 2), 1)
     assert pairs.condition["class_labels"][own.places].min() >= 5
     from kd_diffusion.engine.timesteps import levels
     from kd_diffusion.evaluation import trajectory

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kd_diffusion.integrations.nasa import Nasa, NasaAttnProcessor, nasa, nasa_call, steer
+from kd_diffusion.integrations.nasa import Nasa, NasaAttnProcessor, nasa, steer
 from kd_diffusion.integrations.nasa_joint import JointNasa, JointNasaProcessor, TextTokens
+from kd_diffusion.integrations.nasa_pipeline import nasa_call
 from kd_diffusion.testing_text import (
     PIPELINES,
     WIDTH,

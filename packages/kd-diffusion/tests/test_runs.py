@@ -16,9 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd_diffusion import testing_text
+from kd_diffusion.engine.distillation import Networks
+from kd_diffusion.engine.draws import Draws
+from kd_diffusion.engine.rollout import rollout
+from kd_diffusion.integrations.pipelines import open_pipeline
+from kd_diffusion.methods.dmd2 import DMD2, DMD2Config
+from kd_diffusion.networks import make_networks, open_teacher
 from kdcore.errors import InputError
 from kdcore.method import load_config
-from kdcore.run import train
+from kdcore.run import load_run, train
 
 SHRUNK = (
     "data.held_out=0.2",
@@ -63,6 +70,26 @@ def test_the_student_is_a_pipeline_that_samples_in_its_own_steps(tiny_unet_folde
     assert images.shape == (3, 8, 8, 1)
     record = json.loads((tmp_path / "run" / "student" / "kd.json").read_text())
     assert record["levels"] == [999, 499]
+
+
+def test_what_the_report_is_made_of(tiny_unet_folder, tmp_path):
+    """One noise through the teacher and the student at several steps, all terms of all players, gradients by level."""
+    more = ("data.held_out=0", "train.batch_size=700", "train.steps=4", "train.eval_every=1")  # epochs of two steps
+    method, config = load_config("dmd2/small", overrides(tiny_unet_folder, *THREE_PLAYERS, *more))
+    train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = {(line["player"], term) for line in lines if line["kind"] == "train" for term in line["terms"]}
+    players = {"generator": ("matching", "adversarial"), "fake": ("denoising",), "discriminator": ("discriminator",)}
+    assert {(player, term) for player, terms in players.items() for term in terms} <= seen
+    profiles = [line for line in lines if line.get("name") == "gradient norm by noise level"]
+    assert [line["step"] for line in profiles] == [2, 4]
+    assert all(len(line["values"]) == len(line["x"]) == 10 for line in profiles)
+    assert any(value for value in profiles[1]["values"])  # at first the fake score is the teacher
+    _, loaded, artefacts = load_run(tmp_path / "run")
+    rows = method.predict(loaded, artefacts, 2)
+    assert list(rows[0]["images"]) == ["teacher, its path", "teacher, 50 steps", "step 2", "step 4", "student"]
+    difference = rows[0]["images"]["step 4"].astype(int) - rows[0]["images"]["student"]
+    assert abs(difference).max() <= 1  # the same noise, and the average in both
 
 
 @pytest.mark.slow
@@ -194,6 +221,58 @@ def test_the_text_config_runs_on_another_pipeline_by_name(tiny_text_folder, tmp_
     assert images.shape[:3] == (1, 16, 16)
 
 
+@pytest.mark.slow
+def test_the_sdxl_config_runs_on_another_pipeline_by_name(tmp_path):
+    """Two text encoders, pooled text and sizes; with the adapters of the readme, whose file gives the same student."""
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    tokenizer = testing_text.word_tokenizer(tmp_path)
+    testing_text.sdxl_pipeline(tokenizer).save_pretrained(tmp_path / "teacher")
+    for word in ("cat", "dog"):
+        (tmp_path / "images" / word).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (8, 8), (40 * index, 90, 20)).save(tmp_path / "images" / word / f"{index}.png")
+    targets = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut", "time_emb_proj"]
+    method, config = load_config(
+        "dmd2/paper-sdxl",
+        [
+            f"teacher.pretrained={tmp_path / 'teacher'}",
+            "teacher.variant=null",
+            f"student.lora={{rank: 2, alpha: 8, targets: {targets}}}",
+            f"data.root={tmp_path / 'images'}",
+            "data.image_size=8",
+            "data.held_out=0.0",
+            "train.optimizer.lr=0.02",
+            "train.precision=fp32",
+            "train.num_workers=0",
+            "train.batch_size=2",
+            "train.steps=6",
+            "evaluation={samples: 2, batch_size: 2, teacher_steps: [1]}",
+        ],
+    )
+    train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    given = {"timesteps": [999, 749, 499, 249], "guidance_scale": 0.0, "output_type": "latent"}
+
+    def sampled(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe("cat", generator=torch.Generator().manual_seed(0), **given).images
+
+    student = DiffusionPipeline.from_pretrained(tmp_path / "run" / "student")
+    encoders = {name: getattr(student, name) for name in ("text_encoder", "text_encoder_2")}  # as rounded in training
+    base = DiffusionPipeline.from_pretrained(tmp_path / "teacher", scheduler=student.scheduler, **encoders)
+    x, plain = sampled(student), sampled(base)
+    base.load_lora_weights(tmp_path / "run" / "student" / "lora")
+    torch.testing.assert_close(sampled(base), x, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain, x, atol=1e-2)
+    own = open_pipeline(tmp_path / "run" / "student")
+    draw = torch.Generator().manual_seed(0)
+    condition = own.conditioner.embed(own.conditioner.tokens(["cat"]))
+    noise = lambda: torch.randn(1, *own.space.shape, generator=draw)  # noqa: E731
+    trained = rollout(own.denoiser.eval(), own.process, given["timesteps"], condition, noise)
+    torch.testing.assert_close(x, trained, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -239,3 +318,36 @@ def image_folder(tmp_path):
             pixels = torch.randint(0, 255, (8, 8), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
     return tmp_path / "images"
+
+
+def test_what_trains_starts_from_the_weights_as_they_are_stored(tiny_text_folder):
+    """A frozen teacher in bfloat16 is rounded; its copies are not."""
+    overridden = [f"teacher.pretrained={tiny_text_folder}", "data={name: digits}"]
+    _, config = load_config("dmd2/paper-sd15", overridden)
+    opened = open_teacher(config, {}, None)
+    networks, stored = make_networks(config, opened, {}, None), open_pipeline(tiny_text_folder).network.state_dict()
+    assert config.teacher.dtype == "bf16"
+    rounded = networks.teacher.network.state_dict()
+    assert all(torch.equal(rounded[name], value.bfloat16()) for name, value in stored.items())
+    for network in (networks.fake.network, networks.generator.network):
+        assert all(torch.equal(network.state_dict()[name], value) for name, value in stored.items())
+
+
+def test_real_images_are_encoded_with_noise_of_the_step_alone(tiny_text_folder):
+    """So that a resumed run and several processes see the latents that one would have seen."""
+    opened = open_pipeline(tiny_text_folder)
+    networks = Networks(opened.denoiser, opened.copied(), opened.copied(), opened.conditioner, opened.space)
+    distiller, found = DMD2(networks, DMD2Config(gan=None)), []
+    for step in (3, 3, 4):
+        distiller.draws, distiller.progress.step = Draws(0), step
+        found.append(distiller.real({"pixels": torch.zeros(2, 1, 16, 16)}))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_an_autoencoder_that_overflows_in_float16_stays_in_float32(tiny_text_folder):
+    found = open_pipeline(tiny_text_folder, dtype="fp16")
+    assert found.network.dtype == torch.float16
+    assert found.space.vae.config.force_upcast
+    assert found.space.decode(torch.randn(1, 4, 8, 8)).dtype == torch.float32
+    assert found.space.vae.dtype == torch.float32

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
+from kd_diffusion import runs
 from kd_diffusion.data import Data
 from kd_diffusion.engine.conditions import Condition
 from kd_diffusion.engine.denoiser import Denoiser
-from kd_diffusion.engine.distillation import Networks
+from kd_diffusion.engine.distillation import Networks, batch_size
 from kd_diffusion.engine.draws import Draws, Turn
 from kd_diffusion.engine.lora import adapter_state, load_adapter
 from kd_diffusion.engine.process import add_noise
+from kd_diffusion.engine.rollout import rollout
 from kd_diffusion.engine.score import weighted_error
 from kd_diffusion.integrations.pipelines import Opened
+from kd_diffusion.runs import Recipe
 from kdcore.errors import InputError
-from kdcore.stages import RunContext, write_atomically
+from kdcore.stages import Artefacts, RunContext, write_atomically
 
 INDEX = "index.json"
 NEAR = 0.01  # a path that ends so near to the teacher has no effect
@@ -118,3 +123,56 @@ def denoising_error(denoiser: Denoiser, x: Tensor, condition: Condition, draw: T
     mu = denoiser(add_noise(process, x, draw.normal(x.shape).to(x.dtype), t), t, condition)
     a, s = process.levels(t)
     return float(weighted_error(mu, x, (a / s).square())), mu
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def samples_of(host_config: Any, recipe: Recipe, found: Networks) -> Generated:
+    """(batch, draw) -> what the generator makes of the batch's conditions, after its last step and without a graph."""
+    generator = found.generator.eval().requires_grad_(False)
+    indices = recipe.build(host_config, dataclasses.replace(found)).indices
+    sampling = recipe.sampling
+
+    @torch.no_grad()
+    def samples(batch: dict[str, Tensor], draw: Turn) -> Tensor:
+        shape = (batch_size(batch), *found.space.shape)
+        return rollout(
+            generator,
+            generator.process,
+            indices,
+            found.conditioner.embed(batch),
+            lambda: draw.normal(shape),
+            start=sampling.start,
+            renoise=sampling.renoise,
+        )
+
+    return samples
+
+
+def measuring(host_config: Any, recipe: Recipe, data: Data) -> Callable[[RunContext], Artefacts]:
+    """Writes into the path's index: the denoising error of every s_i on the initial generator's samples (it falls with
+    i) and on real data (it rises), and how far s_N is from the teacher: mean ||mu_N - mu_0|| / ||mu_0 - x||."""
+
+    def measure(context: RunContext) -> Artefacts:
+        folder = context.artefacts["path"]
+        if context.is_main:
+            opened = runs.open_teacher(host_config, context.artefacts, data)
+            found = recipe.networks(host_config, opened, context.artefacts, data)
+            for module in (found.fake, found.generator, found.conditioner, found.space):
+                if isinstance(module, nn.Module):
+                    module.to(context.accelerator.device)
+            errors, moved = path_errors(
+                folder,
+                found,
+                samples_of(host_config, recipe, found),
+                data,
+                size=host_config.train.batch_size,
+                seed=host_config.seed,
+                device=context.accelerator.device,
+            )
+            write_errors(context, folder, errors, moved)
+        context.accelerator.wait_for_everyone()
+        return {}
+
+    return measure

@@ -20,6 +20,7 @@ from kd_diffusion.engine import timesteps
 from kd_diffusion.engine.conditions import Condition
 from kd_diffusion.engine.draws import Draws
 from kd_diffusion.integrations.pipelines import Opened
+from kd_diffusion.integrations.routed import Router
 from kdcore.config import Config
 from kdcore.errors import InputError
 
@@ -83,6 +84,16 @@ def read_pairs(folder: Path) -> Pairs:
     tensors = load_file(folder / "pairs.safetensors")
     condition = {name.removeprefix("condition."): v for name, v in tensors.items() if name.startswith("condition.")}
     return Pairs(tensors["z"], tensors["y"], condition, torch.arange(len(tensors["z"])))
+
+
+def drawn_pairs(folder: Path, regression: RegressionConfig, router: Router, k: int) -> Pairs:
+    """The pairs of all conditions; in the ablation only those of student k, and InputError where there are none."""
+    pairs = read_pairs(folder)
+    if regression.filtered:
+        pairs.places = torch.nonzero(router.route(pairs.condition) == k).flatten()
+        if len(pairs.places) == 0:
+            raise InputError(f"method_args.regression.pairs = {regression.pairs}: none is of student {k}; give more")
+    return pairs
 
 
 def distance_of(regression: RegressionConfig | None, features: Path | None) -> Callable[[Tensor, Tensor], Tensor]:

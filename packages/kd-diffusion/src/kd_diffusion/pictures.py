@@ -47,11 +47,11 @@ def comparison(
     kappa = config.method_args.guidance_scale
     if data.mixture is not None:
         return [_points_row(teacher, student(teacher), data)]
-    wanted = ev.requests(teacher, data.asked, min(count, COUNT))
+    wanted = ev.requests(teacher, data.asked, COUNT)  # all: the noise of a second step follows that of all samples
     path = _path(teacher, wanted, kappa)
     own = ev.generate(teacher, wanted, student(teacher), seed=SEED, batch_size=COUNT)
     rows = []
-    for index in range(wanted.count):
+    for index in range(min(count, wanted.count)):
         images = {"teacher, its path": strip([frame[index] for frame in path])}
         images[f"teacher, {PATH_STEPS} steps"] = picture(path[-1][index])
         images |= {name: picture(pixels[index]) for name, pixels in snapshots.items()}

@@ -1,4 +1,4 @@
-"""The run config of diffusion distillation and the stages that its methods share.
+"""The stages that the methods of diffusion distillation share.
 
 `score_method` registers a method with the usual stages: a teacher (a pipeline by name, or one of the embedded worlds,
 trained once and cached), a feature network for the metrics, and a student. Methods with other stages build their list
@@ -11,65 +11,29 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
 from kd_diffusion import __version__
 from kd_diffusion import evaluation as ev
-from kd_diffusion.data import Data, DataConfig, Samples, load_data, loader
+from kd_diffusion.config import A, DiffusionRun, Run
+from kd_diffusion.data import Data, Samples, load_data, loader
 from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller
-from kd_diffusion.engine.lora import LoRAConfig, add_lora, shared_views
+from kd_diffusion.engine.lora import shared_views
 from kd_diffusion.engine.process import EDM
 from kd_diffusion.engine.rollout import Renoise, Start
-from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student, trainable
+from kd_diffusion.integrations.pipelines import Opened, open_pipeline, sampler_config, save_student
+from kd_diffusion.networks import make_networks, open_teacher
 from kd_diffusion.snapshots import Snapshots
-from kd_diffusion.worlds import WorldConfig, world_stages
-from kdcore.config import Config, MethodRunConfig, TrainConfig
+from kd_diffusion.worlds import world_stages
+from kdcore.config import TrainConfig
 from kdcore.errors import InputError
 from kdcore.method import Method, get
 from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
-A = TypeVar("A", bound=ScoreArgs)
-
-
-class TeacherConfig(Config):
-    """A diffusers pipeline by hub name or folder, or a world that is built and trained in the run."""
-
-    pretrained: str | None = Field(None, description="hub name or folder of a diffusers pipeline")
-    variant: str | None = Field(None, description="variant of the weight files, such as fp16")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the frozen weights")
-    null_class: int | None = Field(None, ge=0, description="label that stands for no class (UNet2DModel)")
-    size: tuple[int, int, int] | None = Field(
-        None, description="frames, height and width of a video teacher's samples; None: its pipeline's defaults"
-    )
-    world: WorldConfig | None = Field(None, description="an embedded world, instead of pretrained")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TeacherConfig:
-        if (self.pretrained is None) == (self.world is None):
-            raise ValueError("needs a source: give either pretrained or world")
-        return self
-
-
-class StudentConfig(Config):
-    pretrained: str | None = Field(None, description="pipeline to start from (a one-step model); None: the teacher")
-    lora: LoRAConfig | None = Field(None, description="train adapters alone; None: all weights")
-
-
-class DiffusionRun(MethodRunConfig[A], Generic[A]):
-    """The config of a run."""
-
-    teacher: TeacherConfig
-    student: StudentConfig = Field(default_factory=lambda: StudentConfig.model_validate({}))
-    data: DataConfig = Field(default_factory=DataConfig)
-    evaluation: ev.EvaluationConfig = Field(default_factory=lambda: ev.EvaluationConfig.model_validate({}))
-
-
-Run = DiffusionRun[Any]
 Build = Callable[[Any, Networks], ScoreDistiller]
 MakeNetworks = Callable[[Run, Opened, Artefacts, Data], Networks]
 
@@ -127,48 +91,6 @@ def features_stage(config: Run, data: Data) -> Stage:
     return CachedStage(Procedure("features", run), identity)
 
 
-def open_teacher(config: Run, artefacts: Artefacts, data: Data, *, name: str = "teacher") -> Opened:
-    """The teacher's pipeline, from its folder in the run or by its name."""
-    teacher = config.teacher
-    null = teacher.null_class
-    if teacher.world is not None:
-        if name == "teacher" and teacher.world.name == "digits_unet":
-            null = data.num_classes
-        return open_pipeline(artefacts[name], field="teacher", dtype=teacher.dtype, null_class=null)
-    assert teacher.pretrained is not None
-    return open_pipeline(
-        teacher.pretrained,
-        field="teacher.pretrained",
-        dtype=teacher.dtype,
-        variant=teacher.variant,
-        null_class=null,
-        size=teacher.size,
-    )
-
-
-def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data) -> Networks:
-    """Teacher, and trainable copies for fake score and generator.
-
-    The copies start from the teacher; from the artefact `start` where the teacher is a formula; the generator from
-    `student.pretrained` where that is given.
-    """
-    source = open_teacher(config, artefacts, data, name="start") if "start" in artefacts else opened
-    generator = fake = source
-    if config.student.pretrained is not None:
-        generator = open_pipeline(config.student.pretrained, field="student.pretrained")
-        check_same_space(generator, opened, "student.pretrained")
-    networks = Networks(
-        teacher=opened.denoiser,
-        fake=opened.denoiser_for(trainable(fake.network)),
-        generator=opened.denoiser_for(trainable(generator.network)),
-        conditioner=opened.conditioner,
-        space=opened.space,
-    )
-    if config.student.lora is not None:
-        add_lora(networks.generator.network, config.student.lora, field="student.lora")
-    return networks
-
-
 def adapter_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data) -> Networks:
     """Teacher, fake and generator; the adapted teacher shares the teacher's weights."""
     networks = make_networks(config, opened, artefacts, data)
@@ -177,15 +99,6 @@ def adapter_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Da
             opened.denoiser, config.method_args.lora, field="method_args.lora"
         )
     return networks
-
-
-def check_same_space(student: Opened, teacher: Opened, field: str) -> None:
-    """Raises InputError where a student's network does not fit the teacher's samples or condition."""
-    if student.space.shape != teacher.space.shape:
-        raise InputError(f"{field}: its samples are {student.space.shape}, the teacher's {teacher.space.shape}")
-    if type(student.network) is not type(teacher.network):
-        have, want = type(student.network).__name__, type(teacher.network).__name__
-        raise InputError(f"{field}: its network is a {have}, the teacher's a {want}")
 
 
 def make_loader(config: Run, opened: Opened, data: Data, *, batch_factor: int = 1) -> Any:

@@ -241,7 +241,7 @@ class ScoreDistiller(Distiller):
         if "x" in batch:
             return batch["x"]
         if "pixels" in batch:
-            return self.space.encode(batch["pixels"])
+            return self.space.encode(batch["pixels"], self.draws.turn("encode", self.progress.step, self.device).normal)
         raise InputError("method_args.gan: needs real samples, and the data has prompts alone; give gan: null")
 
     # ------------------------------------------------------------ the generator

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,13 @@ class Space(nn.Module):
         self.vae, self.shape = vae, shape
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] -> a sample of the latents, (B, *shape)."""
+    def encode(self, pixels: Tensor, normal: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] -> a sample of the latents, (B, *shape); `normal` gives its noise."""
         if self.vae is None:
             return pixels
-        encoded = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype)).latent_dist.sample()
+        posterior = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype)).latent_dist
+        noise = torch.randn_like(posterior.mean) if normal is None else normal(posterior.mean.shape).to(posterior.mean)
+        encoded = posterior.mean + posterior.std * noise
         shift, deviation = self._scaling(encoded)
         return ((encoded - shift) / deviation).to(pixels.dtype)
 
@@ -131,6 +133,19 @@ def open_pipeline(
     return opened(pipe, field=field, null_class=null_class, size=size)
 
 
+def as_stored(opened: Opened, name: str | Path, variant: str | None = None) -> nn.Module:
+    """The network with the weights of the folder or hub name it was opened from, where its own type has rounded them.
+
+    What trains should not start from what bfloat16 has left of a teacher. A mixture of experts is given as it is.
+    """
+    network: Any = opened.network
+    rounded = next(network.parameters()).dtype != torch.float32
+    if not rounded or hasattr(network, "experts"):
+        return network
+    options = {"subfolder": opened.slot, "variant": variant, "local_files_only": Path(name).exists()}
+    return type(network).from_pretrained(str(name), use_safetensors=True, **options)
+
+
 def trainable(network: nn.Module) -> nn.Module:
     """A float32 copy, all of it trainable."""
     return copy.deepcopy(network).float().train().requires_grad_(True)
@@ -170,6 +185,8 @@ def opened(
     one = experts_of(network)[0][0]
     process, prediction_type = process_of(pipe.scheduler)
     vae = getattr(pipe, "vae", None)
+    if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+        vae.float()  # SDXL's overflows in float16
     image = "sample_size" in one.config or hasattr(pipe, "default_sample_size")
     space = Space(vae, latent_shape(pipe, one) if image else video_shape(pipe, one, size, field))
     return Opened(pipe, slot, Denoiser(network, process, prediction_type), conditioner_of(pipe, one, null_class), space)

@@ -24,7 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kd_diffusion.engine.conditions import Condition
+from kd_diffusion import evaluation as ev
+from kd_diffusion.engine.conditions import Condition, take
+from kd_diffusion.engine.rollout import start_noise
+from kd_diffusion.integrations.pipelines import Opened, open_pipeline
 from kdcore.errors import InputError
 
 ROUTER = "router"
@@ -285,3 +288,34 @@ def _stacked(images: list[Any]) -> Any:
     if images and isinstance(images[0], np.ndarray):
         return np.stack(images)
     return torch.stack(images) if images and isinstance(images[0], Tensor) else images
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def routed_function(bundle: Path, teacher: Opened) -> ev.Generate:
+    """The bundle's sampler: the noise of a batch is drawn once, each sample goes to its own student."""
+    router = Router.load(bundle)
+    students: dict[int, Opened] = {}
+
+    def student(k: int) -> Opened:
+        if k not in students:
+            folder = bundle / f"student_{k}"
+            if not folder.is_dir():
+                raise InputError(f"student {k}: not trained in this run (only = ..), so there is no evaluation")
+            students[k] = open_pipeline(folder)
+            students[k].denoiser.eval()
+        return students[k]
+
+    @torch.no_grad()
+    def function(condition: Condition, draw: Any) -> Tensor:
+        places, z = router.route(condition), draw.normal((draw.count, *teacher.space.shape))
+        x = torch.empty_like(z)
+        for k in places.unique().tolist():
+            own, mask = student(k), (places == k).to(z.device)
+            t = own.process.at(torch.full((int(mask.sum()),), own.process.size - 1, device=z.device))
+            denoiser = own.denoiser.to(z.device)
+            x[mask] = denoiser(start_noise(own.process, z[mask], t), t, take(condition, mask))
+        return x
+
+    return function

@@ -14,9 +14,8 @@ The last segment runs until the budget ends. Optimisers, averages and the fake s
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,23 +25,15 @@ from torch import Tensor, nn
 
 from kd_diffusion import evaluation as ev
 from kd_diffusion import runs
-from kd_diffusion.checkpoint_path import (
-    INDEX,
-    Generated,
-    path_errors,
-    read_checkpoint,
-    write_checkpoint,
-    write_errors,
-)
+from kd_diffusion.checkpoint_path import INDEX, measuring, read_checkpoint, samples_of, write_checkpoint
 from kd_diffusion.data import Data, load_data
 from kd_diffusion.engine.conditions import Condition, where
 from kd_diffusion.engine.denoiser import Denoiser
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.distillation import Networks, ScoreArgs, ScoreDistiller, batch_size
-from kd_diffusion.engine.draws import Turn
 from kd_diffusion.engine.lora import LoRAConfig, SharedDenoiser, add_frozen_adapter
 from kd_diffusion.engine.process import coefficients
-from kd_diffusion.engine.rollout import Renoise, rollout
+from kd_diffusion.engine.rollout import Renoise
 from kd_diffusion.integrations.pipelines import Opened
 from kd_diffusion.integrations.routed import link_or_copy
 from kd_diffusion.runs import DiffusionRun, Recipe
@@ -335,56 +326,6 @@ def record_stage(config: Any, host_config: Any, recipe: Recipe, data: Data) -> T
         write_atomically(folder / INDEX, json.dumps({"iterations": [0, *marks]}, indent=2))
 
     return TrainStage("record", budget, setup, save, "path")
-
-
-def samples_of(host_config: Any, recipe: Recipe, found: Networks) -> Generated:
-    """(batch, draw) -> what the generator makes of the batch's conditions, after its last step and without a graph."""
-    generator = found.generator.eval().requires_grad_(False)
-    indices = recipe.build(host_config, dataclasses.replace(found)).indices
-    sampling = recipe.sampling
-
-    @torch.no_grad()
-    def samples(batch: dict[str, Tensor], draw: Turn) -> Tensor:
-        shape = (batch_size(batch), *found.space.shape)
-        return rollout(
-            generator,
-            generator.process,
-            indices,
-            found.conditioner.embed(batch),
-            lambda: draw.normal(shape),
-            start=sampling.start,
-            renoise=sampling.renoise,
-        )
-
-    return samples
-
-
-def measuring(host_config: Any, recipe: Recipe, data: Data) -> Callable[[RunContext], Artefacts]:
-    """Writes into the path's index: the denoising error of every s_i on the initial generator's samples (it falls with
-    i) and on real data (it rises), and how far s_N is from the teacher: mean ||mu_N - mu_0|| / ||mu_0 - x||."""
-
-    def measure(context: RunContext) -> Artefacts:
-        folder = context.artefacts["path"]
-        if context.is_main:
-            opened = runs.open_teacher(host_config, context.artefacts, data)
-            found = recipe.networks(host_config, opened, context.artefacts, data)
-            for module in (found.fake, found.generator, found.conditioner, found.space):
-                if isinstance(module, nn.Module):
-                    module.to(context.accelerator.device)
-            errors, moved = path_errors(
-                folder,
-                found,
-                samples_of(host_config, recipe, found),
-                data,
-                size=host_config.train.batch_size,
-                seed=host_config.seed,
-                device=context.accelerator.device,
-            )
-            write_errors(context, folder, errors, moved)
-        context.accelerator.wait_for_everyone()
-        return {}
-
-    return measure
 
 
 # ---------------------------------------------------------------- the method

@@ -30,15 +30,15 @@ from kd_diffusion import evaluation as ev
 from kd_diffusion import runs
 from kd_diffusion.data import Data, load_data
 from kd_diffusion.engine.adversarial import GANConfig
-from kd_diffusion.engine.conditions import Condition, take
+from kd_diffusion.engine.conditions import take
 from kd_diffusion.engine.denoising import DenoisingDistiller
 from kd_diffusion.engine.distillation import Networks, Sample, ScoreArgs, ScoreDistiller
 from kd_diffusion.engine.draws import Turn
 from kd_diffusion.engine.lora import add_lora
 from kd_diffusion.engine.rollout import start_noise
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline
-from kd_diffusion.integrations.routed import Router, write_bundle
-from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, read_pairs, write_pairs
+from kd_diffusion.integrations.routed import Router, routed_function, write_bundle
+from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, drawn_pairs, write_pairs
 from kd_diffusion.partition import by_prompt, class_router, part_of, prompt_router
 from kd_diffusion.runs import DiffusionRun
 from kdcore.config import TrainConfig
@@ -337,16 +337,6 @@ def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data,
     return networks
 
 
-def drawn_pairs(folder: Path, regression: RegressionConfig, router: Router, k: int) -> Pairs:
-    """The pairs of all conditions; in the ablation only those of student k, and InputError where there are none."""
-    pairs = read_pairs(folder)
-    if regression.filtered:
-        pairs.places = torch.nonzero(router.route(pairs.condition) == k).flatten()
-        if len(pairs.places) == 0:
-            raise InputError(f"method_args.regression.pairs = {regression.pairs}: none is of student {k}; give more")
-    return pairs
-
-
 def _bundling(config: Run) -> Callable[[RunContext], Artefacts]:
     """`student/`: the router and the students that are there."""
 
@@ -362,34 +352,6 @@ def _bundling(config: Run) -> Callable[[RunContext], Artefacts]:
 
 
 # ---------------------------------------------------------------- evaluation
-
-
-def routed_function(bundle: Path, teacher: Opened) -> ev.Generate:
-    """The bundle's sampler: the noise of a batch is drawn once, each sample goes to its own student."""
-    router = Router.load(bundle)
-    students: dict[int, Opened] = {}
-
-    def student(k: int) -> Opened:
-        if k not in students:
-            folder = bundle / f"student_{k}"
-            if not folder.is_dir():
-                raise InputError(f"student {k}: not trained in this run (only = ..), so there is no evaluation")
-            students[k] = open_pipeline(folder)
-            students[k].denoiser.eval()
-        return students[k]
-
-    @torch.no_grad()
-    def function(condition: Condition, draw: Any) -> Tensor:
-        places, z = router.route(condition), draw.normal((draw.count, *teacher.space.shape))
-        x = torch.empty_like(z)
-        for k in places.unique().tolist():
-            own, mask = student(k), (places == k).to(z.device)
-            t = own.process.at(torch.full((int(mask.sum()),), own.process.size - 1, device=z.device))
-            denoiser = own.denoiser.to(z.device)
-            x[mask] = denoiser(start_noise(own.process, z[mask], t), t, take(condition, mask))
-        return x
-
-    return function
 
 
 def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from kd_diffusion.engine.rollout import euler_move, start_noise
 from kd_diffusion.engine.score import flow_weight, inject, weighted_error
 from kd_diffusion.engine.timesteps import TimesConfig, sample_times
 from kd_diffusion.integrations.pipelines import Opened, open_pipeline
+from kd_diffusion.networks import check_same_space
 from kd_diffusion.runs import DiffusionRun, Run, Sampling
 from kdcore.config import EMAConfig
 from kdcore.distiller import LossTerms, freeze
@@ -255,7 +256,7 @@ def phase_networks(config: Run, opened: Opened, data: Data, number: int) -> Netw
     source = opened
     if config.student.pretrained is not None:
         source = open_pipeline(config.student.pretrained, field="student.pretrained", size=config.teacher.size)
-        runs.check_same_space(source, opened, "student.pretrained")
+        check_same_space(source, opened, "student.pretrained")
     size = args.experts_per_phase
     edges = [1.0, *boundaries_of(opened.process, args), 0.0]
     own = range(size * (number - 1), size * number)
