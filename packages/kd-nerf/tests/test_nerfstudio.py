@@ -220,6 +220,88 @@ def test_a_checkpoint_holds_the_student_alone(trained):
     assert all(key.startswith(("field.radiance.", "occupancy.", "device_indicator")) for key in state), list(state)
 
 
+# ---------------------------------------------------------------- a stock student
+
+STOCK = """
+import importlib.metadata, json, sys, torch
+from pathlib import Path
+
+listed = importlib.metadata.entry_points
+
+def others(**wanted):
+    found = listed(**wanted)
+    if wanted.get("group") == "nerfstudio.method_configs":
+        found = type(found)(one for one in found if not one.value.startswith("kd_"))
+    return found
+
+importlib.metadata.entry_points = others
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("kdcore", "kd_nerf"):
+            raise ModuleNotFoundError(f"No module named '{name}'")
+
+sys.meta_path.insert(0, Missing())
+import torchmetrics.image.lpip
+class Without(torch.nn.Module):  # its weights are a download
+    def __init__(self, **options):
+        super().__init__()
+torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity = Without
+from nerfstudio.cameras.rays import Frustums, RaySamples
+from nerfstudio.utils.eval_utils import eval_setup
+
+config, pipeline, checkpoint, step = eval_setup(Path("export/nerfacto/nerfstudio/config.yml"), test_mode="inference")
+model = pipeline.model
+given = torch.load("points.pt", weights_only=True)
+zero = torch.zeros(len(given["positions"]), 1, 1)
+places = Frustums(given["positions"][:, None], given["directions"][:, None], zero, zero, torch.ones_like(zero))
+samples = RaySamples(frustums=places, camera_indices=zero.long())
+with torch.no_grad():
+    density, geometry = model.field.get_density(samples)
+    colour = next(iter(model.field.get_outputs(samples, geometry).values()))
+    proposed = model.proposal_networks[0].get_density(samples)[0]
+    view = model.get_outputs_for_camera(pipeline.datamanager.eval_dataset.cameras[0:1])
+torch.save({"density": density[:, 0, 0], "colour": colour[:, 0], "proposed": proposed[:, 0, 0], "rgb": view["rgb"],
+            "step": step}, "stock.pt")
+print(json.dumps({"model": type(model).__module__, "loaded": [n for n in sys.modules if n.startswith("kd")]}))
+"""
+
+
+def test_a_nerfacto_student_opens_with_stock_classes_alone(trained, tmp_path):
+    """In a process that cannot import kd: the same densities and colours, a proposal network that agrees, a view."""
+    from kd_nerf.integrations.teachers import load_teacher
+
+    changes = ["student.architecture=nerfacto", "export=[nerfacto]", "student.levels=3", "student.log2_size=8"]
+    method, config = load_config("pvd/small", [*TINY, *changes, "student.finest_resolution=24"])
+    run.train(method, config, tmp_path / "run", quiet=True, cpu=True)
+    positions = torch.rand(40, 3) * 2.4 - 1.2
+    directions = torch.nn.functional.normalize(torch.randn(40, 3), dim=-1)
+    torch.save({"positions": positions, "directions": directions}, tmp_path / "run" / "points.pt")
+    text = (tmp_path / "run" / "export/nerfacto/nerfstudio/config.yml").read_text()
+    assert not any(name in text for name in ("kd_", "kd-", "kdcore"))
+    settings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STOCK]
+    done = subprocess.run(command, cwd=tmp_path / "run", env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"model": "nerfstudio.models.nerfacto", "loaded": []}
+    found = torch.load(tmp_path / "run" / "stock.pt", weights_only=True)
+    field = load_teacher(tmp_path / "run" / "student").field.eval()
+    with torch.no_grad():
+        expected = field(positions, directions)
+    torch.testing.assert_close(found["density"], expected.logit.exp())
+    torch.testing.assert_close(found["proposed"], expected.logit.exp())
+    torch.testing.assert_close(found["colour"], expected.colour)
+    assert found["rgb"].shape == (12, 12, 3)
+    assert found["step"] == 5
+    terms = {
+        name
+        for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        for name in line.get("terms", ())
+    }
+    assert "empty" in terms
+
+
 # ---------------------------------------------------------------- stock teachers
 
 

@@ -233,6 +233,65 @@ def test_loss_gradient_against_finite_differences():
     assert torch.autograd.gradcheck(total, (weight.detach().clone().requires_grad_(),))
 
 
+# ---------------------------------------------------------------- a stock student
+
+
+def half_empty() -> OccupancyGrid:
+    grid = OccupancyGrid(8)
+    grid.fill(lambda unit: 100.0 * (unit[:, 0] < 0.5))
+    return grid
+
+
+def nerfacto():
+    torch.manual_seed(0)
+    sizes = {"levels": 3, "log2_size": 9, "base_resolution": 4, "finest_resolution": 12, "hidden": 16}
+    return make_field(FieldConfig(architecture="nerfacto", **sizes), BOX)
+
+
+def test_a_nerfacto_student_becomes_empty_where_the_grid_is():
+    student, grid = nerfacto(), half_empty()
+    outside = grid.empty_points(200)
+    assert bool((outside[:, 0] >= 0.5).all())
+    assert not bool(grid(outside).any())
+    distiller = at_step(PVD(Ball(), student, occupancy=grid), 1)
+    assert list(distiller.loss(points(4, 4, torch.float32))) == ["colour", "density", "empty"]
+    assert distiller.empty == 0.002
+    flat = (student.stored(outside)[:, 0].mean().item() + 10) * 64**0.5
+    assert distiller.emptiness(64).item() == pytest.approx(flat, rel=0.01)  # before training it is flat
+    tables = student.encoding_parameters()
+    nets = [p for p in student.parameters() if all(p is not table for table in tables)]
+    optimizer = torch.optim.AdamW([{"params": tables, "lr": 0.1}, {"params": nets, "lr": 5e-3}])
+    for _ in range(120):
+        loss = distiller.loss(points(32, 8, torch.float32)).total()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert student.stored(outside)[:, 0].mean() < -4  # a teacher's emptiest points are at -2
+    grid.fill(lambda unit: torch.ones(len(unit)))
+    assert distiller.emptiness(8).item() == 0
+
+
+def test_emptiness_needs_a_grid_and_is_not_the_papers():
+    with pytest.raises(InputError, match="occupancy: is required where empty"):
+        PVD(Ball(), nerfacto())
+    assert PVD(Ball(), nerfacto(), empty=0.0).empty == 0
+    assert PVD(tiny("hash"), tiny("mlp")).empty == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"geometry": 7}, "a nerfacto field has 15"),
+        ({"implementation": "tcnn"}, "allowed for nerfacto"),
+        ({"contraction": True}, "contracts around"),
+    ],
+)
+def test_what_a_stock_field_cannot_be_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        make_field(FieldConfig(architecture="nerfacto", **changes), BOX)
+
+
 # ---------------------------------------------------------------- conversions
 
 
@@ -328,6 +387,7 @@ def test_configs_load(name):
         ("data.name=blender", "root"),
         ("train.optimizer.name=sgd", "adamw"),
         ("student.architecture=nerf", "architecture"),
+        ("export=[nerfacto]", "no field of nerfstudio's"),
     ],
 )
 def test_bad_configs_are_named(override, message):

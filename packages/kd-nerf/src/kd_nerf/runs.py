@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -86,6 +86,19 @@ class NerfRun(MethodRunConfig[A], Generic[A]):
     train: FieldTrain = Field(
         default_factory=lambda: FieldTrain.model_validate({"steps": 30000}), description="training of the student"
     )
+    export: list[Literal["nerfacto"]] = Field(
+        default_factory=list,
+        description="written to export/: a nerfacto student as a run of nerfstudio's method, which needs no kd-nerf",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_exported(self) -> NerfRun[A]:
+        if self.export and self.student.architecture != "nerfacto":
+            raise ValueError(
+                f"export = {self.export}: student.architecture = '{self.student.architecture}' is no field of "
+                "nerfstudio's; allowed: nerfacto"
+            )
+        return self
 
 
 Run = NerfRun[Any]
@@ -200,6 +213,20 @@ def student_stage(config: Run) -> Stage:
     return NerfstudioStage("student", build, intervals(config.train), "student", data_path(config))
 
 
+def export_stage(config: Run) -> Stage:
+    """Writes export/nerfacto/nerfstudio/, whose config.yml names nerfstudio's own classes alone."""
+
+    def run(context: RunContext) -> Artefacts:
+        from kd_nerf.integrations.export import export_nerfacto
+
+        data = folder_of(config.data, context.folder)
+        made = trainer_config(config, config.student, config.train, config.method_args.model_dump(), data)
+        export_nerfacto(context.artefacts["student"], made, context.folder / "export", data=data_path(config))
+        return {"export": context.folder / "export"}
+
+    return Procedure("export", run)
+
+
 def check(config: Run) -> None:
     """Says what is wrong with fields and data before anything trains."""
     if config.data.name != "scene":
@@ -268,6 +295,7 @@ def nerf_method(key: str, doc: str | None, arguments: type[A]) -> Method[Any]:
 
     def stages(config: Run, context: RunContext) -> list[Stage]:
         check(config)
-        return [teacher_stage(config), student_stage(config)]
+        made = [teacher_stage(config), student_stage(config)]
+        return [*made, export_stage(config)] if config.export else made
 
     return Method(key, doc or "", NerfRun[arguments], stages, evaluate, predict)

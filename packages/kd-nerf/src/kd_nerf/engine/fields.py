@@ -1,4 +1,4 @@
-"""Radiance fields of six architectures behind one interface, in plain torch.
+"""Radiance fields of six architectures behind one interface, in plain torch, and nerfstudio's own one.
 
     field(positions, directions) -> Points(features, logit, colour)
 
@@ -31,21 +31,21 @@ from kd_nerf.engine.encodings import (
 from kdcore.config import Config
 from kdcore.errors import InputError
 
-Architecture = Literal["hash", "mlp", "vm", "cp", "dense", "sparse"]
+Architecture = Literal["hash", "mlp", "vm", "cp", "dense", "sparse", "nerfacto"]
 GRIDS = ("dense", "sparse")
 EMPTY = -10.0
-"""Logit of what a sparse grid does not store."""
+"""Logit of empty space: of what a sparse grid does not store, and of what a grid leaves out of a gridless field."""
 
 
 class FieldConfig(Config):
     """The defaults are the paper's: a hash grid, 8x256 MLP, VM of resolution 300, grid of 128^3."""
 
-    architecture: Architecture = Field("hash", description="what stores the scene")
-    levels: int = Field(14, ge=1, description="hash: resolution levels")
-    features_per_level: int = Field(2, ge=1, description="hash: entries per level and vertex")
-    log2_size: int = Field(19, ge=4, le=28, description="hash: log2 of a level's table size")
-    base_resolution: int = Field(16, ge=2, description="hash: vertices per axis of the coarsest level")
-    finest_resolution: int = Field(2048, ge=2, description="hash: vertices per axis of the finest level")
+    architecture: Architecture = Field("hash", description="what stores the scene; nerfacto: nerfstudio's field")
+    levels: int = Field(14, ge=1, description="hash, nerfacto: resolution levels")
+    features_per_level: int = Field(2, ge=1, description="hash, nerfacto: entries per level and vertex")
+    log2_size: int = Field(19, ge=4, le=28, description="hash, nerfacto: log2 of a level's table size")
+    base_resolution: int = Field(16, ge=2, description="hash, nerfacto: vertices per axis of the coarsest level")
+    finest_resolution: int = Field(2048, ge=2, description="hash, nerfacto: vertices per axis of the finest level")
     implementation: Literal["auto", "torch", "tcnn"] = Field(
         "auto", description="hash: who encodes; auto: tinycudann where it and a GPU are there, decided once"
     )
@@ -58,7 +58,7 @@ class FieldConfig(Config):
     colour_rank: int = Field(48, ge=1, description="vm, cp: components of the colour features, per plane for vm")
     resolution: int | None = Field(None, ge=2, description="vm, cp, dense, sparse: vertices per axis (300; grids 128)")
     sh_levels: int = Field(3, ge=1, le=4, description="dense, sparse: levels of the colour's spherical harmonics")
-    hidden: int = Field(64, ge=1, description="hash, mlp: width of the density net")
+    hidden: int = Field(64, ge=1, description="hash, mlp, nerfacto: width of the density net")
     geometry: int = Field(15, ge=1, description="geometry channels beside the logit in the common features")
     colour_width: int = Field(64, ge=1, description="width of the colour net")
     clip: tuple[float, float] | None = Field((-2.0, 7.0), description="range of the density logit; null: not clipped")
@@ -117,6 +117,7 @@ class RadianceField(nn.Module):
 
     shared: tuple[str, ...] = ()
     feature_dim: int | None = None
+    gridless = False  # whether it ships without an occupancy grid
     box: Tensor
 
     def __init__(self, config: FieldConfig, box: Tensor):
@@ -330,6 +331,10 @@ def make_field(config: FieldConfig, box: Tensor) -> RadianceField:
     """A freshly initialised field over `box`, a (2, 3) tensor with the lower corner first (else InputError)."""
     if box.shape != (2, 3) or not bool((box[0] < box[1]).all()):
         raise InputError(f"box = {box.tolist()}: expected two corners (2, 3), the lower one first")
+    if config.architecture == "nerfacto":
+        from kd_nerf.engine.stock_fields import NerfactoRadiance
+
+        return NerfactoRadiance(config, box)
     return FIELDS[config.architecture](config, box)
 
 

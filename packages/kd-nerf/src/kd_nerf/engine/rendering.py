@@ -103,6 +103,15 @@ class OccupancyGrid(nn.Module):
         self.decay = decay
         self.settle()
 
+    def empty_points(self, count: int) -> Tensor:
+        """`count` random points (M, 3) of the unit cube in cells that are not kept; none where all are."""
+        empty = (~self.occupied).nonzero()[:, 0]
+        if len(empty) == 0:
+            return self.density.new_zeros(0, 3)
+        cells, side = empty[torch.randint(len(empty), (count,), device=empty.device)], self.resolution
+        low = torch.stack([cells // side**2, cells // side % side, cells % side], dim=1)
+        return (low + torch.rand(low.shape, device=low.device)) / side
+
     @property
     def cells(self) -> Tensor:
         """`occupied` as (G, G, G)."""

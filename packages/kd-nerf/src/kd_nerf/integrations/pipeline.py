@@ -72,7 +72,8 @@ class PVDPipeline(VanillaPipeline):
         check_spaces(self.model.radiance, teacher.field)
         give_occupancy(self.model, teacher)
         arguments = self.settings.model_dump(exclude=set(OUTSIDE_PVD))
-        distiller = PVD(teacher.field, self.model.radiance, background=self.model.config.background, **arguments)
+        around = {"background": self.model.config.background, "occupancy": self.model.occupancy}
+        distiller = PVD(teacher.field, self.model.radiance, **around, **arguments)
         self.feature_map = distiller.feature_map.to(device)
         cameras = self.datamanager.train_dataset.cameras
         first = [float(getattr(cameras, name)[0]) for name in ("fx", "fy", "cx", "cy")]

@@ -22,6 +22,12 @@ what keeps the density term stable: sigma spans four orders of magnitude, q nine
 spherical harmonics has no f: then L_f is absent and training starts in the second stage. In the first stage no colour
 is computed, in the first two no ray. The numbers of the equations are this file's.
 
+Not the paper's: a student that ships without an occupancy grid (`nerfacto`) also gets
+
+    L_empty = |relu(q_S - (-10))|_F,   weight 0.002, at as many random points of the grid's empty cells as rays
+
+for nothing else says anything about space that the grid leaves out, where it would be drawn as fog.
+
 Teacher frozen. The student inherits the nets that read f from the teacher where their shapes agree, and the teacher's
 occupancy grid, which decides where on the rays the points are. Where f has another width, a linear map of the
 student's geometry channels, which does not ship, goes to the teacher's. The student ships.
@@ -43,14 +49,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kd_nerf.engine.cameras import Poses
-from kd_nerf.engine.fields import Points, RadianceField, density_of, inherit
-from kd_nerf.engine.rendering import RayPoints, composite
+from kd_nerf.engine.fields import EMPTY, Points, RadianceField, density_of, inherit
+from kd_nerf.engine.rendering import OccupancyGrid, RayPoints, composite
 from kd_nerf.runs import nerf_method
 from kdcore.config import MethodConfig
 from kdcore.distiller import Distiller, LossTerms, freeze
 from kdcore.errors import InputError
 
 Norm = Literal["frobenius", "mse", "l1"]
+EMPTY_WEIGHT = 0.002  # as that of the other losses on points
 
 
 class PVDConfig(MethodConfig):
@@ -63,6 +70,11 @@ class PVDConfig(MethodConfig):
     colour: float = Field(0.002, ge=0, description="weight of the points' colour")
     density: float = Field(0.002, ge=0, description="weight of the points' density logit")
     l1: float = Field(1e-4, ge=0, description="weight of the density factors' mean size (vm and cp students)")
+    empty: float | None = Field(
+        None,
+        ge=0,
+        description="weight of emptiness in cells that the occupancy grid leaves out; null: 0.002 for nerfacto, else 0",
+    )
     norm: Norm = Field("frobenius", description="frobenius: the paper's; mse and l1 are means, as the release offers")
     density_space: Literal["logit", "sigma"] = Field("logit", description="what the density loss compares")
     inherit: bool = Field(True, description="start from the teacher's nets where they have one name and shape")
@@ -131,7 +143,8 @@ def mean_size(factors: list[Tensor]) -> Tensor:
 
 class PVD(Distiller):
     """Arguments as in `PVDConfig`. Teacher and student are called `field(positions, directions, colour=...)` and give
-    `Points`; `feature_dim` is the width of their common features, or None. `background` is a grey value."""
+    `Points`; `feature_dim` is the width of their common features, or None. `background` is a grey value, `occupancy`
+    the grid that the rays are marched through, needed where `empty` is not 0."""
 
     student: RadianceField
 
@@ -147,17 +160,23 @@ class PVD(Distiller):
         colour: float = 0.002,
         density: float = 0.002,
         l1: float = 1e-4,
+        empty: float | None = None,
         norm: Norm = "frobenius",
         density_space: Literal["logit", "sigma"] = "logit",
         inherit: bool = True,
         freeze_inherited: bool = False,
         background: float = 1.0,
+        occupancy: OccupancyGrid | None = None,
     ):
         super().__init__()
         self.teacher, self.student = freeze(teacher), student
         self.stage_ends, self.norm, self.density_space = tuple(stage_ends), norm, density_space
         self.rgb, self.feature, self.feature_decay = rgb, feature, feature_decay
         self.colour, self.density, self.l1, self.background = colour, density, l1, background
+        self.empty = EMPTY_WEIGHT * student.gridless if empty is None else empty
+        self._occupancy = [occupancy]  # a list: no submodule
+        if self.empty > 0 and occupancy is None:
+            raise InputError("occupancy: is required where empty is not 0, as for nerfacto students; give its grid")
         self.inherited = _inherit(student, teacher) if inherit else []
         if freeze_inherited:
             for name in self.inherited:
@@ -195,7 +214,17 @@ class PVD(Distiller):
             factors = self.student.regularised()
             if factors and self.l1 > 0:
                 terms["l1"] = (self.l1, mean_size(factors))
+        if self.empty > 0:
+            terms["empty"] = (self.empty, self.emptiness(len(batch.lengths)))
         return terms
+
+    def emptiness(self, count: int) -> Tensor:
+        """L_empty at `count` random points, a scalar; 0 where the grid has no empty cell."""
+        (occupancy,) = self._occupancy
+        unit = occupancy.empty_points(count) if occupancy is not None else self.student.box.new_zeros(0, 3)
+        if len(unit) == 0:
+            return unit.sum()
+        return torch.linalg.vector_norm((self.student.stored(unit)[:, 0].float() - EMPTY).relu())
 
     def feature_loss(self, student: Points, teacher: Points) -> Tensor:
         """Eq. (2); the logit is compared with the logit, whatever the widths of the rest."""
