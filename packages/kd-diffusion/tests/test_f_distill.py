@@ -285,7 +285,7 @@ def test_the_weight_couples_the_samples_of_a_batch():
     assert sum(plain[:2]) / 2 == pytest.approx(plain[2], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", ["kl", "js"])
 def test_nothing_to_match_where_the_fake_score_is_the_teacher(name):
     method = f_distill(f_div=name, guidance_scale=1.75, fake_guidance_scale=1.75)
     method.fake.load_state_dict(method.real_score.state_dict())

@@ -72,6 +72,7 @@ def test_the_student_is_a_pipeline_that_samples_in_its_own_steps(tiny_unet_folde
     assert record["levels"] == [999, 499]
 
 
+@pytest.mark.slow
 def test_what_the_report_is_made_of(tiny_unet_folder, tmp_path):
     """One noise through the teacher and the student at several steps, all terms of all players, gradients by level."""
     more = ("data.held_out=0", "train.batch_size=700", "train.steps=4", "train.eval_every=1")  # epochs of two steps

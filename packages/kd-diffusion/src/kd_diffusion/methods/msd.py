@@ -36,7 +36,7 @@ from kd_diffusion.engine.distillation import Networks, Sample, ScoreArgs, ScoreD
 from kd_diffusion.engine.draws import Turn
 from kd_diffusion.engine.lora import add_lora
 from kd_diffusion.engine.rollout import start_noise
-from kd_diffusion.integrations.pipelines import Opened, open_pipeline
+from kd_diffusion.integrations.pipelines import Opened, open_pipeline, trainable
 from kd_diffusion.integrations.routed import Router, routed_function, write_bundle
 from kd_diffusion.pairs import Pairs, RegressionConfig, distance_of, drawn_pairs, write_pairs
 from kd_diffusion.partition import by_prompt, class_router, part_of, prompt_router
@@ -323,7 +323,7 @@ def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data,
     own_class: Any = type(opened.network)
     if start is not None:
         fake = own_class.from_pretrained(artefacts[start] / "fake", use_safetensors=True)
-        networks.fake = opened.denoiser_for(runs.trainable(fake))
+        networks.fake = opened.denoiser_for(trainable(fake))
         generator = open_pipeline(artefacts[start]).network
     elif "small" in artefacts:
         generator = own_class.from_pretrained(artefacts["small"], use_safetensors=True)
@@ -331,7 +331,7 @@ def make_networks(config: Run, opened: Opened, artefacts: Artefacts, data: Data,
         generator = small_network(opened, args)
     else:
         return networks
-    networks.generator = opened.denoiser_for(runs.trainable(generator))
+    networks.generator = opened.denoiser_for(trainable(generator))
     if config.student.lora is not None:  # ADM: on the weights that DM's adapters went into
         add_lora(networks.generator.network, config.student.lora, field="student.lora")
     return networks

@@ -40,7 +40,7 @@ from kd_diffusion.engine.process import Flow, Process, renoise, renoising, subin
 from kd_diffusion.engine.rollout import euler_move, start_noise
 from kd_diffusion.engine.score import flow_weight, inject, weighted_error
 from kd_diffusion.engine.timesteps import TimesConfig, sample_times
-from kd_diffusion.integrations.pipelines import Opened, open_pipeline
+from kd_diffusion.integrations.pipelines import Opened, open_pipeline, trainable
 from kd_diffusion.networks import check_same_space
 from kd_diffusion.runs import DiffusionRun, Run, Sampling
 from kdcore.config import EMAConfig
@@ -260,12 +260,12 @@ def phase_networks(config: Run, opened: Opened, data: Data, number: int) -> Netw
     size = args.experts_per_phase
     edges = [1.0, *boundaries_of(opened.process, args), 0.0]
     own = range(size * (number - 1), size * number)
-    experts = [runs.trainable(at_level(source.network, (edges[n] + edges[n + 1]) / 2)) for n in own]
+    experts = [trainable(at_level(source.network, (edges[n] + edges[n + 1]) / 2)) for n in own]
     if config.student.lora is not None:
         for expert in experts:
             add_lora(expert, config.student.lora, field="student.lora")
     end = phases_of(opened.process, args)[number - 1].end
-    fake = runs.trainable(above(opened.network, time_of(opened.process, end)))
+    fake = trainable(above(opened.network, time_of(opened.process, end)))
     return Networks(
         teacher=opened.denoiser,
         fake=opened.denoiser_for(fake),
