@@ -333,7 +333,12 @@ def evidence_section(package: PackageEvidence) -> str:
                 cells += [spread(entry, metric, seeds), "" if own else difference(result, arm, metric)]
             rows.append(cells)
         if headline.teacher_rows:
-            rows += [teacher_row(result, title, role, metrics) for title, role in headline.teachers.items()]
+            measured = result.arms[result.key]["mean"]
+            rows += [
+                teacher_row(result, title, role, metrics)
+                for title, role in headline.teachers.items()
+                if of_role(headline.student, role) in measured
+            ]
         applied = " ".join(result.values.get("overrides") or [])
         setting = f"`{result.values['config']}`" + (f" with `{applied}`" if applied else "")
         seed_list = ", ".join(map(str, result.values["seeds"]))
