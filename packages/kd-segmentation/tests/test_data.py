@@ -58,7 +58,7 @@ def test_mosaics_are_exact_and_shifts_keep_their_masks(tmp_path, monkeypatch):
         assert (read("img_dir", f"val_{shift}", "0000.png") != read("img_dir", "val", "0000.png")).any()
     broad = np.stack([read("ann_dir", "broad", f"{index:04d}.png") for index in range(6)])
     assert set(np.unique(broad)) <= {*range(len(textures.CLASSES)), 255}
-    assert 0.2 < (broad == 255).mean() < 1  # other photographs are no class
+    assert 0.1 < (broad == 255).mean() < 0.9  # other photographs are no class
     again = textures.write(tmp_path / "b", size=32)
     assert (
         np.asarray(Image.open(again / "img_dir" / "train" / "0001.png")) == read("img_dir", "train", "0001.png")

@@ -85,11 +85,15 @@ def images(split, *more):
     )
 
 
-def stage(name, split, steps):
+strong = dict(type="PhotoMetricDistortion")  # for representation, as the paper's random augmentation
+shifted = dict(type="RandomShift", prob=0.5)  # the teacher's data again
+
+
+def stage(name, split, steps, *more):
     return dict(
         name=name,
         train_cfg=dict(type="IterBasedTrainLoop", max_iters=steps),
-        train_dataloader=images(split, jitter),
+        train_dataloader=images(split, *more, strong),
         **adamw(2e-3, steps),
     )
 
@@ -98,7 +102,7 @@ train_dataloader = dict(batch_size=16, dataset=dict(pipeline=pipeline(jitter)))
 optim_wrapper = adamw(2e-3, task)["optim_wrapper"]
 param_scheduler = adamw(2e-3, task)["param_scheduler"]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=task, val_interval=task)
-broad = images("broad", dict(type="RandomShift", prob=0.5), jitter)
+broad = images("broad", shifted, jitter)
 broad["dataset"] = dict(type="ConcatDataset", datasets=[broad["dataset"], images("train", jitter)["dataset"]])
 teacher_training = dict(
     train_cfg=dict(type="IterBasedTrainLoop", max_iters=800, val_interval=800),

@@ -1,10 +1,10 @@
 # ruff: noqa: C408
-# small.py with a longer training: a teacher that has seen more, and stages that have time to follow it. About 20
+# small.py with a longer training: a teacher that has seen more, and stages that have time to follow it. About 35
 # minutes of one CPU core a seed for all arms; a seed's teacher is trained once.
 _base_ = ["small.py"]
 method = "gkd"
 
-proxy, own, task = 1000, 250, 300  # steps
+proxy, own, task = 1500, 250, 300  # steps
 together = proxy + own + task
 
 
@@ -22,9 +22,17 @@ def loop(steps):
 adamw = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05))
 
 
-def stage(name, split, steps):
-    """Images of a split without their labels, pictured as in small.py."""
-    pipeline = [dict(step) for step in _base_.train_dataloader.dataset.pipeline]
+def stage(name, split, steps, *more):
+    """Images of a split without their labels, augmented as in small.py."""
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations"),
+        dict(type="RandomFlip", prob=0.5),
+        dict(type="RandomFlip", prob=0.5, direction="vertical"),
+        *more,
+        dict(type="PhotoMetricDistortion"),
+        dict(type="PackSegInputs"),
+    ]
     return dict(
         name=name,
         train_cfg=dict(type="IterBasedTrainLoop", max_iters=steps),
@@ -41,7 +49,7 @@ def stage(name, split, steps):
 
 train_cfg = loop(task)
 param_scheduler = cosine(task)
-teacher_training = dict(train_cfg=loop(2400), param_scheduler=cosine(2400))
+teacher_training = dict(train_cfg=loop(5000), param_scheduler=cosine(5000))
 method_args = dict(representation=[stage("task_agnostic", "broad", proxy), stage("domain_agnostic", "train", own)])
 
 one_stage = {
