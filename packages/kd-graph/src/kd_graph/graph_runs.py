@@ -3,6 +3,8 @@ distilled, the same network on all training graphs for comparison, and the evalu
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +35,7 @@ from kdcore.config import MethodConfig, MethodRunConfig, TrainConfig
 from kdcore.data import seeded_loader
 from kdcore.distiller import Distiller, LossTerms
 from kdcore.errors import InputError, did_you_mean
-from kdcore.stages import Artefacts, CachedStage, RunContext, Stage
+from kdcore.stages import Artefacts, CachedStage, Procedure, RunContext, Stage
 from kdcore.training import TrainSetup, TrainStage
 
 A = TypeVar("A", bound=MethodConfig)
@@ -130,6 +132,40 @@ def full_stage(config: Run, data: GraphData) -> Stage:
         "seed": config.seed,
     }
     return CachedStage(TrainStage("full", train, build, saver(data), artefact="full"), identity)
+
+
+def class_shares(data: GraphData) -> Tensor:
+    labels = torch.cat([graph.y for graph in data.train])
+    return torch.bincount(labels, minlength=data.num_classes) / len(labels)
+
+
+def choose_stage(data: GraphData, count: int) -> Procedure:
+    """Of candidates 0 to count - 1 the best on the validation graphs becomes `student` and `distilled`.
+
+    By area under the curve for two classes, else by accuracy; of equal ones the one with fewer bytes.
+    """
+
+    def run(context: RunContext) -> Artefacts:
+        targets = {name: context.folder / name for name in ("student", "distilled")}
+        if context.is_main:
+            scores = []
+            for k in range(count):
+                logits, labels = classify(load_classifier(context.artefacts[f"student-{k}"]), data.validation)
+                score = validation(logits, labels)
+                summary = read_summary(context.artefacts[f"distilled-{k}"])
+                scores.append((score.get("auroc", score["accuracy"]), -summary["bytes"], -k))
+                context.log(kind="candidate", candidate=k, support=summary["support"], bytes=summary["bytes"], **score)
+            best = -max(scores)[2]
+            for name, target in targets.items():
+                shutil.copytree(context.artefacts[f"{name}-{best}"], target, dirs_exist_ok=True)
+        context.accelerator.wait_for_everyone()
+        return targets
+
+    return Procedure("choose", run)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def saver(data: GraphData) -> Any:

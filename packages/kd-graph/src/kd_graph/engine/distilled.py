@@ -132,7 +132,7 @@ def save_patterns(patterns: Patterns, path: Path) -> None:
 
 def pattern_bytes(patterns: Patterns) -> int:
     """Bytes of the arrays of trees.safetensors, without the file's header."""
-    return sum(value.numel() * value.element_size() for value in _columns(patterns).values())
+    return _size(_columns(patterns))
 
 
 def _columns(patterns: Patterns) -> dict[str, Tensor]:
@@ -157,15 +157,42 @@ def _columns(patterns: Patterns) -> dict[str, Tensor]:
         "tree.degree": [len(children) for children in table.children],
         "tree.child": [child for _, child in flat],
         "set.closed": [int(whole)],
-        "set.size": [len(items) for _, items, _ in rows],
-        "set.tree": [entry for _, items, _ in rows for entry in items],
-        "set.label": [label for label, _, _ in rows],
+        "set.label": list(classes),
+        "set.count": [sum(label == own for label, _, _ in rows) for own in classes],
         "set.frequency": [frequency for _, _, frequency in rows],
     }
     if patterns.edge_rows.shape[1]:
         columns["tree.edge"] = [edge for edge, _ in flat]
     features = {"node_rows": _features(patterns.node_rows), "edge_rows": _features(patterns.edge_rows)}
-    return {**{name: small_integers(values) for name, values in columns.items()}, **features}
+    written = {name: small_integers(values) for name, values in columns.items()}
+    return {**written, **_members([items for _, items, _ in rows]), **features}
+
+
+def _members(sets: Sequence[ItemSet]) -> dict[str, Tensor]:
+    """Which trees are in which sets, as lists or as a bit of each set for each tree that any of them has: whatever is
+    fewer bytes."""
+    lists = {
+        "set.size": small_integers([len(items) for items in sets]),
+        "set.tree": small_integers([entry for items in sets for entry in items]),
+    }
+    trees = sorted({entry for items in sets for entry in items})
+    held = np.array([[tree in items for tree in trees] for items in map(set, sets)], dtype=bool)
+    bits = {"set.trees": small_integers(trees), "set.bits": torch.from_numpy(np.packbits(held, axis=1))}
+    return min(bits, lists, key=_size)
+
+
+def _read_members(columns: Mapping[str, Any], bits: np.ndarray | None) -> list[ItemSet]:
+    """The counterpart of `_members`."""
+    if bits is None:
+        trees = iter(columns["set.tree"])
+        return [tuple(next(trees) for _ in range(size)) for size in columns["set.size"]]
+    trees = columns["set.trees"]
+    held = np.unpackbits(bits, axis=1, count=len(trees)).astype(bool)
+    return [tuple(tree for tree, own in zip(trees, row, strict=True) if own) for row in held]
+
+
+def _size(arrays: Mapping[Any, Tensor]) -> int:
+    return sum(array.numel() * array.element_size() for array in arrays.values())
 
 
 def _in_order(sets: Mapping[ItemSet, int]) -> dict[ItemSet, int]:
@@ -176,14 +203,16 @@ def load_patterns(path: Path) -> Patterns:
     """The patterns of a trees.safetensors, features as float32. InputError on a missing or broken file."""
     tensors = load_weights(path)
     try:
-        columns = {name: value.tolist() for name, value in tensors.items() if "." in name}
+        bits = tensors.get("set.bits")
+        columns = {name: value.tolist() for name, value in tensors.items() if "." in name and name != "set.bits"}
         children = columns["tree.child"]
         table, edges = TreeTable(), iter(zip(columns.get("tree.edge", [0] * len(children)), children, strict=True))
         for label, degree in zip(columns["tree.label"], columns["tree.degree"], strict=True):
             table.intern(label, [next(edges) for _ in range(degree)])
-        trees, classes = iter(columns["set.tree"]), {}
-        for size, label, support in zip(*(columns[f"set.{k}"] for k in ("size", "label", "frequency")), strict=True):
-            classes.setdefault(label, {})[tuple(next(trees) for _ in range(size))] = support
+        labels = [k for k, n in zip(columns["set.label"], columns["set.count"], strict=True) for _ in range(n)]
+        members, classes = _read_members(columns, None if bits is None else bits.numpy()), {}
+        for label, items, support in zip(labels, members, columns["set.frequency"], strict=True):
+            classes.setdefault(label, {})[items] = support
         rows = tensors["node_rows"].float(), tensors["edge_rows"].float()
         whole = columns["set.closed"] == [1]
     except (KeyError, ValueError, RuntimeError) as error:
@@ -216,7 +245,7 @@ def graph_bytes(graphs: Sequence[Data], *, edge_features: bool = True) -> int:
         *([[label for own in labels for label in own]] if found.edge_rows.shape[1] else []),
     ]
     arrays = [*map(small_integers, columns), _features(found.node_rows), _features(found.edge_rows)]
-    return sum(array.numel() * array.element_size() for array in arrays)
+    return _size(dict(enumerate(arrays)))
 
 
 def small_integers(values: Sequence[int]) -> Tensor:

@@ -29,11 +29,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -56,7 +54,7 @@ from kd_graph.engine.selection import blind_patterns, random_graphs
 from kd_graph.engine.trees import LabelledGraphs, TreeTable, discretise, graph_trees
 from kd_graph.graph_data import GraphData
 from kd_graph.graph_data import load_graphs as load_data
-from kd_graph.graph_models import classify, load_classifier
+from kd_graph.graph_models import load_classifier
 from kd_graph.graph_runs import GraphRun, Run, root_gap
 from kdcore.config import MethodConfig
 from kdcore.errors import InputError
@@ -256,11 +254,6 @@ def coverage(counts: dict[int, int]) -> list[float]:
 # ---------------------------------------------------------------- the run
 
 
-def class_shares(data: GraphData) -> Tensor:
-    labels = torch.cat([graph.y for graph in data.train])
-    return torch.bincount(labels, minlength=data.num_classes) / len(labels)
-
-
 def distil_stage(config: Run, data: GraphData, found: Transactions, number: int, name: str) -> Procedure:
     """Gives the artefact `name`, a folder with graphs.safetensors, trees.safetensors and summary.json."""
     args = config.method_args
@@ -285,7 +278,7 @@ def distil_stage(config: Run, data: GraphData, found: Transactions, number: int,
             _check_classes(graphs, data, args.support[number])
             labels = torch.cat([graph.y for graph in graphs])
             frequency = torch.cat([graph.get("frequency", torch.ones(1)) for graph in graphs])
-            weights = graph_weights(labels, frequency, class_shares(data), args.weighting)
+            weights = graph_weights(labels, frequency, runs.class_shares(data), args.weighting)
             for graph, weight in zip(graphs, weights, strict=True):
                 graph.weight = weight.view(1)
             save_graphs(graphs, folder / "graphs.safetensors")
@@ -335,35 +328,6 @@ def student_stage(config: Run, data: GraphData, distilled: str, name: str) -> Tr
     return TrainStage(name, config.train, build, runs.saver(data), artefact=name)
 
 
-def choose_stage(data: GraphData, count: int) -> Procedure:
-    """Of candidates 0 to count - 1 the best on the validation graphs becomes `student` and `distilled`.
-
-    By area under the curve for two classes, else by accuracy; of equal ones the one with fewer bytes.
-    """
-
-    def run(context: RunContext) -> Artefacts:
-        targets = {name: context.folder / name for name in ("student", "distilled")}
-        if context.is_main:
-            scores = []
-            for k in range(count):
-                logits, labels = classify(load_classifier(context.artefacts[f"student-{k}"]), data.validation)
-                score = runs.validation(logits, labels)
-                summary = read_summary(context.artefacts[f"distilled-{k}"])
-                scores.append((score.get("auroc", score["accuracy"]), -summary["bytes"], -k))
-                context.log(kind="candidate", candidate=k, support=summary["support"], bytes=summary["bytes"], **score)
-            best = -max(scores)[2]
-            for name, target in targets.items():
-                shutil.copytree(context.artefacts[f"{name}-{best}"], target, dirs_exist_ok=True)
-        context.accelerator.wait_for_everyone()
-        return targets
-
-    return Procedure("choose", run)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
 def stages(config: Run, context: RunContext) -> list[Stage]:
     """full (the same network on all graphs, where asked for), then a set and a student for each theta, and the choice.
 
@@ -385,7 +349,7 @@ def stages(config: Run, context: RunContext) -> list[Stage]:
         result.append(distil_stage(config, data, found, k, f"distilled{suffix}"))
         result.append(student_stage(config, data, f"distilled{suffix}", f"student{suffix}"))
     if len(names) > 1:
-        result.append(choose_stage(data, len(names)))
+        result.append(runs.choose_stage(data, len(names)))
     return result
 
 
@@ -398,7 +362,7 @@ def evaluate(config: Run, artefacts: Artefacts) -> dict[str, Any]:
     """
     data, args = load_data(config.data, config.seed), config.method_args
     edges = config.data.edge_features
-    summary = read_summary(artefacts["distilled"])
+    summary = runs.read_summary(artefacts["distilled"])
     covered = coverage(transactions(data.train, args.hops, edge_features=edges).counts)
     network = load_classifier(artefacts["student"])
     return {
