@@ -109,7 +109,12 @@ teacher_training = dict(
     train_dataloader=broad,
     **adamw(2e-3, 800),
 )
-method_args = dict(representation=[stage("task_agnostic", "broad", proxy), stage("domain_agnostic", "train", own)])
+method_args = dict(
+    representation=[
+        stage("task_agnostic", "broad", proxy, shifted),
+        stage("domain_agnostic", "train", own),
+    ]
+)
 domains = {name: dict(split=f"val_{name}") for name in ("illumination", "blur", "noise", "colour", "scale")}
 
 one_stage = {

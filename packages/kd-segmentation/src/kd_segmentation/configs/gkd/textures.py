@@ -50,7 +50,12 @@ def stage(name, split, steps, *more):
 train_cfg = loop(task)
 param_scheduler = cosine(task)
 teacher_training = dict(train_cfg=loop(5000), param_scheduler=cosine(5000))
-method_args = dict(representation=[stage("task_agnostic", "broad", proxy), stage("domain_agnostic", "train", own)])
+method_args = dict(
+    representation=[
+        stage("task_agnostic", "broad", proxy, dict(type="RandomShift", prob=0.5)),
+        stage("domain_agnostic", "train", own),
+    ]
+)
 
 one_stage = {
     "train_cfg.max_iters": together,
