@@ -481,7 +481,7 @@ def test_run_errors(overrides, message, tmp_path):
 def test_configs():
     _, small = load_config("smooth_trajectories/small")
     arms = {"ce", "herding", "full", "mtt", "plain_experts", "final_only", "random_init", "no_perturbation"}
-    arms |= {"no_penalty", "image_penalty"}
+    arms |= {"no_penalty", "pixel_penalty"}
     assert arms <= set(small.compare)
     _, paper = load_config("smooth_trajectories/paper")
     defaults = SmoothTrajectoriesConfig()
