@@ -12,6 +12,18 @@ GEOMETRY = 15
 """Geometry channels of a NerfactoModel; its config has no setting for them."""
 
 
+def density_sizes(config: FieldConfig) -> dict[str, int]:
+    """Hash table and density net under the names that nerfstudio's fields, proposal networks and model share."""
+    return {
+        "hidden_dim": config.hidden,
+        "num_levels": config.levels,
+        "base_res": config.base_resolution,
+        "max_res": config.finest_resolution,
+        "log2_hashmap_size": config.log2_size,
+        "features_per_level": config.features_per_level,
+    }
+
+
 class NerfactoRadiance(RadianceField):
     """`NerfactoField` of nerfstudio in its torch implementation, without appearance embeddings.
 
@@ -40,16 +52,11 @@ class NerfactoRadiance(RadianceField):
         self.field = NerfactoField(
             box.clone().float(),
             num_images=1,
-            hidden_dim=config.hidden,
             geo_feat_dim=GEOMETRY,
-            num_levels=config.levels,
-            base_res=config.base_resolution,
-            max_res=config.finest_resolution,
-            log2_hashmap_size=config.log2_size,
-            features_per_level=config.features_per_level,
             hidden_dim_color=config.colour_width,
             appearance_embedding_dim=0,
             implementation="torch",
+            **density_sizes(config),
         )
 
     def clipped(self, logit: Tensor) -> Tensor:

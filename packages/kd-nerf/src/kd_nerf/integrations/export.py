@@ -24,7 +24,7 @@ from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from torch import Tensor
 
-from kd_nerf.engine.stock_fields import NerfactoRadiance
+from kd_nerf.engine.stock_fields import NerfactoRadiance, density_sizes
 from kd_nerf.integrations.model import RadianceModelConfig
 from kd_nerf.integrations.teachers import find_checkpoint, own_field, read_state
 from kdcore.errors import InputError
@@ -66,7 +66,7 @@ def export_nerfacto(checkpoint: Path, config: TrainerConfig, target: Path, *, da
 def stock_state(field: NerfactoRadiance) -> dict[str, Tensor]:
     """The pipeline's part of a nerfacto checkpoint."""
     weights = {name: value.detach().cpu().clone() for name, value in field.field.state_dict().items()}
-    proposal = HashMLPDensityField(field.field.aabb.cpu(), implementation="torch", **proposal_sizes(field))
+    proposal = HashMLPDensityField(field.field.aabb.cpu(), implementation="torch", **density_sizes(field.config))
     prefix = "mlp_base.model." if any(name.startswith("mlp_base.model.") for name in weights) else "mlp_base."
     ours = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     table = next(value for name, value in ours.items() if name.endswith("hash_table"))
@@ -83,19 +83,6 @@ def stock_state(field: NerfactoRadiance) -> dict[str, Tensor]:
         "_model.device_indicator_param": torch.empty(0),
         **{f"_model.field.{name}": value for name, value in weights.items()},
         **{f"_model.proposal_networks.0.{name}": value for name, value in found.items()},
-    }
-
-
-def proposal_sizes(field: NerfactoRadiance) -> dict[str, int]:
-    """The sizes of a proposal network that is the field's own density."""
-    config = field.config
-    return {
-        "hidden_dim": config.hidden,
-        "num_levels": config.levels,
-        "base_res": config.base_resolution,
-        "max_res": config.finest_resolution,
-        "log2_hashmap_size": config.log2_size,
-        "features_per_level": config.features_per_level,
     }
 
 
@@ -126,17 +113,11 @@ def stock_config(made: TrainerConfig, field: NerfactoRadiance, name: str, data: 
                 near_plane=near,
                 far_plane=far,
                 background_color="white" if model.background >= 0.5 else "black",
-                hidden_dim=sizes.hidden,
                 hidden_dim_color=sizes.colour_width,
-                num_levels=sizes.levels,
-                base_res=sizes.base_resolution,
-                max_res=sizes.finest_resolution,
-                log2_hashmap_size=sizes.log2_size,
-                features_per_level=sizes.features_per_level,
                 num_proposal_iterations=1,
                 num_proposal_samples_per_ray=(2 * model.samples,),
                 num_nerf_samples_per_ray=model.samples,
-                proposal_net_args_list=[proposal_sizes(field)],
+                proposal_net_args_list=[density_sizes(sizes)],
                 proposal_initial_sampler="piecewise" if sizes.contraction else "uniform",
                 disable_scene_contraction=not sizes.contraction,
                 use_appearance_embedding=False,
@@ -144,6 +125,7 @@ def stock_config(made: TrainerConfig, field: NerfactoRadiance, name: str, data: 
                 implementation="torch",
                 camera_optimizer=CameraOptimizerConfig(mode="off"),
                 eval_num_rays_per_chunk=model.eval_num_rays_per_chunk,
+                **density_sizes(sizes),
             ),
         ),
         optimizers={"proposal_networks": copy.deepcopy(group), "fields": group},
