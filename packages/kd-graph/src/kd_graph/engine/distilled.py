@@ -13,7 +13,7 @@ Stock PyG opens the second without anything of ours:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,9 +94,7 @@ def in_memory(graphs: Sequence[Data]) -> InMemoryDataset:
 def tensor_bytes(graphs: Sequence[Data]) -> int:
     """Bytes of what a network is trained on: x, edge_index, edge_attr, y and root_mask of every graph, as tensors."""
     names = (*KEPT, "root_mask")
-    return sum(
-        graph[k].numel() * graph[k].element_size() for graph in graphs for k in names if graph.get(k) is not None
-    )
+    return _size(graph[k] for graph in graphs for k in names if graph.get(k) is not None)
 
 
 # ---------------------------------------------------------------- files
@@ -132,7 +130,7 @@ def save_patterns(patterns: Patterns, path: Path) -> None:
 
 def pattern_bytes(patterns: Patterns) -> int:
     """Bytes of the arrays of trees.safetensors, without the file's header."""
-    return _size(_columns(patterns))
+    return _size(_columns(patterns).values())
 
 
 def _columns(patterns: Patterns) -> dict[str, Tensor]:
@@ -178,7 +176,7 @@ def _members(sets: Sequence[ItemSet]) -> dict[str, Tensor]:
     trees = sorted({entry for items in sets for entry in items})
     held = np.array([[tree in items for tree in trees] for items in map(set, sets)], dtype=bool)
     bits = {"set.trees": small_integers(trees), "set.bits": torch.from_numpy(np.packbits(held, axis=1))}
-    return min(bits, lists, key=_size)
+    return min(bits, lists, key=lambda columns: _size(columns.values()))
 
 
 def _read_members(columns: Mapping[str, Any], bits: np.ndarray | None) -> list[ItemSet]:
@@ -191,8 +189,8 @@ def _read_members(columns: Mapping[str, Any], bits: np.ndarray | None) -> list[I
     return [tuple(tree for tree, own in zip(trees, row, strict=True) if own) for row in held]
 
 
-def _size(arrays: Mapping[Any, Tensor]) -> int:
-    return sum(array.numel() * array.element_size() for array in arrays.values())
+def _size(arrays: Iterable[Tensor]) -> int:
+    return sum(array.numel() * array.element_size() for array in arrays)
 
 
 def _in_order(sets: Mapping[ItemSet, int]) -> dict[ItemSet, int]:
@@ -245,7 +243,7 @@ def graph_bytes(graphs: Sequence[Data], *, edge_features: bool = True) -> int:
         *([[label for own in labels for label in own]] if found.edge_rows.shape[1] else []),
     ]
     arrays = [*map(small_integers, columns), _features(found.node_rows), _features(found.edge_rows)]
-    return _size(dict(enumerate(arrays)))
+    return _size(arrays)
 
 
 def small_integers(values: Sequence[int]) -> Tensor:
