@@ -19,32 +19,13 @@ def loop(steps):
     return dict(type="IterBasedTrainLoop", max_iters=steps, val_interval=steps)
 
 
-adamw = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05))
-
-
-def stage(name, split, steps, *more):
-    """Images of a split without their labels, augmented as in small.py."""
-    pipeline = [
-        dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations"),
-        dict(type="RandomFlip", prob=0.5),
-        dict(type="RandomFlip", prob=0.5, direction="vertical"),
-        *more,
-        dict(type="PhotoMetricDistortion"),
-        dict(type="PackSegInputs"),
-    ]
-    return dict(
-        name=name,
-        train_cfg=dict(type="IterBasedTrainLoop", max_iters=steps),
-        train_dataloader=dict(
-            batch_size=16,
-            num_workers=0,
-            sampler=dict(type="InfiniteSampler", shuffle=True),
-            dataset=dict(type="TextureMosaicDataset", split=split, pipeline=pipeline),
-        ),
-        optim_wrapper=adamw,
-        param_scheduler=cosine(steps),
-    )
+def longer(stage, steps):
+    """A stage of small.py with another length."""
+    return {
+        **stage,
+        "train_cfg": dict(type="IterBasedTrainLoop", max_iters=steps),
+        "param_scheduler": cosine(steps),
+    }
 
 
 train_cfg = loop(task)
@@ -52,8 +33,8 @@ param_scheduler = cosine(task)
 teacher_training = dict(train_cfg=loop(5000), param_scheduler=cosine(5000))
 method_args = dict(
     representation=[
-        stage("task_agnostic", "broad", proxy, dict(type="RandomShift", prob=0.5)),
-        stage("domain_agnostic", "train", own),
+        longer(_base_.method_args.representation[0], proxy),
+        longer(_base_.method_args.representation[1], own),
     ]
 )
 
@@ -63,11 +44,8 @@ one_stage = {
     "param_scheduler": cosine(together),
 }
 compare = {
-    "_delete_": True,
-    "ce": {"method": "cwd", "method_args.losses": {}, **one_stage},
-    "kd": {"method": "cwd", "method_args.losses": {"kl": {"type": "PixelKL"}}, **one_stage},
-    "joint": {"method_args.joint": True, **one_stage},
-    "mse": {"method_args.query": False},
-    "finetuned": {"method_args.freeze": False},
-    "domain_alone": {"method_args.representation": [stage("domain_agnostic", "train", proxy + own)]},
+    "ce": one_stage,
+    "kd": one_stage,
+    "joint": one_stage,
+    "domain_alone": {"method_args.representation": [longer(_base_.method_args.representation[1], proxy + own)]},
 }
