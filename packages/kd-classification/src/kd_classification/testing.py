@@ -34,10 +34,10 @@ encoder = timm.create_model(name, num_classes=0, in_chans=shape[0], checkpoint_p
 own = encoder.state_dict()
 kept = all(torch.equal(value, own[key]) for key, value in load_file(weights).items())
 encoder.reset_classifier(4)
-optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
 torch.manual_seed(0)
 images, labels, losses = torch.randn(4, *shape), torch.arange(4), []
-for _ in range(5):
+for _ in range(20):
     loss = torch.nn.functional.cross_entropy(encoder(images), labels)
     optimizer.zero_grad()
     loss.backward()
@@ -69,7 +69,7 @@ def stock_classifier(folder: Path, shape: Sequence[int]) -> tuple[list[int], str
 
 def stock_encoder(folder: Path, name: str, args: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
     """A saved encoder opened, strictly, by `timm.create_model(name, num_classes=0, checkpoint_path=..., **args)` and
-    fine-tuned for five steps on four random images of `shape` (C, H, W).
+    fine-tuned for twenty steps of AdamW on four random images of `shape` (C, H, W).
 
     kept: whether every saved weight is in the network as it was; losses: of the steps; classes: outputs of the same
     folder opened as `local-dir:` with `num_classes=7`.
@@ -83,5 +83,5 @@ def check_stock_encoder(folder: Path, model: ModelConfig, *, channels: int = 1, 
     all, and can fine-tune it."""
     found = stock_encoder(folder, model.name, model.args, (channels, size, size))
     assert found["kept"], "a saved weight is not what the network has"
-    assert found["losses"][-1] < found["losses"][0], f"fine-tuning does not learn: {found['losses']}"
+    assert found["losses"][-1] < 0.5 * found["losses"][0], f"fine-tuning does not learn: {found['losses']}"
     assert found["classes"] == 7, "local-dir: does not take another number of classes"
