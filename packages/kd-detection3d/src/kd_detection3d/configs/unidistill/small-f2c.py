@@ -1,19 +1,9 @@
 # ruff: noqa: C408
-# LiDAR and cameras -> Cameras on the rendered scenes; see small.py.
+# LiDAR and cameras -> cameras on the rendered scenes; see small.py.
 _base_ = ["small.py"]
 method = "unidistill"
 
 model = dict(
-    _delete_=True,
-    type="DistilledDetector3D",
-    student={{_base_.camera}},
-    teachers=dict(teacher=dict(model={{_base_.fusion}})),
-    distiller=dict(
-        type="UniDistill",
-        path="F2C",
-        point_cloud_range=[0.0, -12.8, -3.0, 25.6, 12.8, 1.0],
-        feature=4.0,
-        relation=4.0,
-        response=0.5,
-    ),
+    teachers=dict(teacher=dict(_delete_=True, model={{_base_.fusion}})),
+    distiller=dict(path="F2C"),
 )

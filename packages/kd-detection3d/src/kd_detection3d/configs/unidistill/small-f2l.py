@@ -12,8 +12,8 @@ model = dict(
         type="UniDistill",
         path="F2L",
         point_cloud_range=[0.0, -12.8, -3.0, 25.6, 12.8, 1.0],
-        feature=4.0,
-        relation=4.0,
+        feature=1.0,
+        relation=1.0,
         response=0.5,
     ),
 )

@@ -13,10 +13,10 @@ model = dict(
         type="UniDistill",
         path="L2C",
         point_cloud_range=[0.0, -12.8, -3.0, 25.6, 12.8, 1.0],
-        # The paper's weights are for its maps. Here no term's gradient behind the sensors is above half of the
-        # detection losses' (with 2, 4, 2: .4, .5, .6 + .4 against 1.8 at step 60).
-        feature=4.0,
-        relation=4.0,
+        # The paper's weights are for its maps. These were chosen on another seed than those of the evidence: with 4, 4
+        # and .5 the maps come nearer to the teacher's and the boxes are worse.
+        feature=1.0,
+        relation=1.0,
         response=0.5,
     ),
 )
@@ -43,8 +43,8 @@ teacher_training = dict(
 off = {"method_args.feature": 0.0, "method_args.relation": 0.0, "method_args.response": 0.0}
 compare = {
     "ce": off,
-    "whole_map": {**off, "method_args.whole_map": 2.0},
-    "crucial_points": {**off, "method_args.feature": 4.0},
-    "relations": {**off, "method_args.relation": 4.0},
+    "whole_map": {**off, "method_args.whole_map": 0.5},
+    "crucial_points": {**off, "method_args.feature": 1.0},
+    "relations": {**off, "method_args.relation": 1.0},
     "responses": {**off, "method_args.response": 0.5},
 }
