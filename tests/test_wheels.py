@@ -50,8 +50,11 @@ def test_a_wheel_holds_every_file_of_its_package(wheels, package):
     wanted = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     found = {name for name in names(wheels[package]) if ".dist-info/" not in name}
     assert found == {name for name in wanted if "__pycache__" not in name}
-    assets = "kdcore/report/assets/report.css" if package == "kdcore" else "/configs/"
-    assert any(assets in name for name in found)
+
+
+def test_wheels_hold_what_is_not_code(wheels):
+    assert {"kdcore/py.typed", "kdcore/report/assets/report.css"} <= names(wheels["kdcore"])
+    assert "kd_classification/configs/dhkd/small.yaml" in names(wheels["kd-classification"])
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -27,7 +27,7 @@ TINY = (
     "default_hooks.checkpoint.interval=2",
     "test_dataloader.dataset.indices=2",
     "val_dataloader.dataset.indices=2",
-    "method_args.relation=4.0",
+    "method_args.relation=4.0",  # not 1: it shows in the weighted terms
 )
 
 

@@ -6,14 +6,7 @@ method = "unidistill"
 
 steps = 800
 
-
-def schedule():
-    return [
-        dict(type="LinearLR", start_factor=0.1, begin=0, end=15, by_epoch=False),
-        dict(type="CosineAnnealingLR", T_max=steps - 15, eta_min=1e-5, begin=15, end=steps, by_epoch=False),
-    ]
-
-
+warmup, cosine = _base_.param_scheduler
 train_cfg = dict(max_iters=steps, val_interval=steps)
-param_scheduler = schedule()
-teacher_training = dict(train_cfg=dict(max_iters=steps, val_interval=steps), param_scheduler=schedule())
+param_scheduler = [warmup, dict(cosine, T_max=steps - warmup["end"], end=steps)]
+teacher_training = dict(train_cfg=train_cfg, param_scheduler=param_scheduler)

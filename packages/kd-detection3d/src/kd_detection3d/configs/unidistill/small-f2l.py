@@ -4,16 +4,7 @@ _base_ = ["small.py"]
 method = "unidistill"
 
 model = dict(
-    _delete_=True,
-    type="DistilledDetector3D",
-    student={{_base_.lidar}},
-    teachers=dict(teacher=dict(model={{_base_.fusion}})),
-    distiller=dict(
-        type="UniDistill",
-        path="F2L",
-        point_cloud_range=[0.0, -12.8, -3.0, 25.6, 12.8, 1.0],
-        feature=1.0,
-        relation=1.0,
-        response=0.5,
-    ),
+    student=dict(_base_.lidar, _delete_=True),
+    teachers=dict(teacher=dict(_delete_=True, model={{_base_.fusion}})),
+    distiller=dict(path="F2L"),
 )
