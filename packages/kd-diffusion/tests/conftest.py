@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kd_diffusion import testing
+from seeding import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from seeding import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def no_accelerator_is_left():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from seeding import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory):

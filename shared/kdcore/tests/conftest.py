@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from seeding import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
+
 TOY_PACKAGE = Path(__file__).with_name("toy_package")
 
 

@@ -184,7 +184,7 @@ def pages(tmp_path_factory):
 
 
 def without_scripts(page: Path) -> Path:
-    """A copy of `page` whose scripts do not run: the driver itself needs scripts, so that they cannot be switched off."""
+    """A copy of `page` whose scripts do not run. Switching them off does not do: the driver needs them itself."""
     text = page.read_text(encoding="utf-8")
     assert "<noscript" not in text  # which would be shown where scripts are switched off, and here would not
     copy = page.with_name("without_scripts.html")
