@@ -146,7 +146,7 @@ def test_weights_over_a_step_do_not_depend_on_the_cut():
 
 
 def test_configs_that_ship():
-    for name in ("small", "paper", "paper_self"):
+    for name in ("small", "arithmetic", "paper", "paper_self"):
         method, found = load_config(f"paced/{name}")
         assert method is METHOD
         assert found.compare
