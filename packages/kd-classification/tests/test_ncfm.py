@@ -491,6 +491,7 @@ def test_configs():
     assert {"ce", "herding", "full", "gaussian", "mean_matching", "dm", "mtt"} <= set(small.compare)
     _, mnist = load_config("ncfm/mnist")
     assert (mnist.data.name, mnist.synthetic.factor) == ("idx", 2)
+    assert {"ce", "herding", "dm", "mtt"} <= set(mnist.compare)
     _, paper = load_config("ncfm/paper")
     assert (paper.method_args.frequencies, paper.method_args.sampling) == (1024, "scale_mixture")
     assert (paper.synthetic.per_class, paper.synthetic.factor, paper.train.epochs) == (10, 2, 20000)

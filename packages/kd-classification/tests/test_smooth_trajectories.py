@@ -479,6 +479,9 @@ def test_run_errors(overrides, message, tmp_path):
 
 
 def test_configs():
+    _, mnist = load_config("smooth_trajectories/mnist")
+    assert mnist.data.name == "idx"
+    assert {"ce", "herding", "dm", "mtt"} <= set(mnist.compare)
     _, small = load_config("smooth_trajectories/small")
     arms = {"ce", "herding", "full", "mtt", "plain_experts", "final_only", "random_init", "no_perturbation"}
     arms |= {"no_penalty", "pixel_penalty"}
