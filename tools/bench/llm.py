@@ -35,6 +35,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def model(arguments: argparse.Namespace, device: Any, scale: int = 1) -> Any:
         eos_token_id=1,
     )
     return LlamaForCausalLM(config).to(device)
+
+
+@lru_cache(maxsize=1)
+def one_teacher(vocab: int, hidden: int, length: int, layers: int, scale: int, device: Any) -> Any:
+    sizes = argparse.Namespace(vocab=vocab, hidden=hidden, length=length, layers=layers)
+    return model(sizes, device, scale).eval().requires_grad_(False)
+
+
+def teacher_of(arguments: argparse.Namespace, device: Any) -> Any:
+    """The teacher, one for all contenders: a copy each would be most of the memory of a small machine."""
+    sizes = (arguments.vocab, arguments.hidden, arguments.length, arguments.layers, arguments.teacher_scale)
+    return one_teacher(*sizes, device)
 
 
 def batches(arguments: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
@@ -123,7 +136,7 @@ def naive(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
     import torch.nn.functional as F
     from transformers import Trainer, TrainingArguments
 
-    teacher = model(arguments, device, arguments.teacher_scale).eval().requires_grad_(False)
+    teacher = teacher_of(arguments, device)
 
     class Naive(Trainer):
         loss_is_scaled_for_ga = True
@@ -146,7 +159,7 @@ def kd(arguments: argparse.Namespace, device: Any, folder: str, cached: bool = F
     from kd_llm.engine.teachers import CachedTeacher, write_cache
     from kd_llm.integrations.trainer import DistillTrainer
 
-    teacher = model(arguments, device, arguments.teacher_scale)
+    teacher = teacher_of(arguments, device)
     if cached:
         cache = Path(folder) / "cache"
         write_cache(cache, teacher, lambda: batches(arguments, device), k=arguments.top_k)
@@ -162,7 +175,7 @@ def trl_gkd(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
 
     return GKDTrainer(
         model(arguments, device),
-        teacher_model=model(arguments, device, arguments.teacher_scale),
+        teacher_model=teacher_of(arguments, device),
         args=GKDConfig(**common_options(folder, arguments), lmbda=0.0, beta=0.0, temperature=1.0),
         data_collator=default_data_collator,
         train_dataset=Dataset.from_dict({"input_ids": [[2, 3]]}),
@@ -185,7 +198,7 @@ def trl_distillation(arguments: argparse.Namespace, device: Any, folder: str) ->
 
     return GivenCompletions(
         model(arguments, device),
-        teacher_model=model(arguments, device, arguments.teacher_scale),
+        teacher_model=teacher_of(arguments, device),
         args=DistillationConfig(**common_options(folder, arguments), beta=0.0, temperature=1.0),
         train_dataset=Dataset.from_dict({"prompt": ["t2 t3"]}),
         processing_class=tokenizer(arguments.vocab),
@@ -374,17 +387,17 @@ def main() -> None:
         print(f"trl: left out, {missing}")
         names = [name for name in names if name not in TRL]
     rows: list[dict[str, Any]] = []
+    kept = {name: value for name, value in vars(arguments).items() if name not in ("child", "output")}
+    found = environment("transformers", "accelerate", "trl") | {"trl_left_out": missing}
     for one in at:
         rows += measure(one, names)
         print(table(rows[-len(names) :]), flush=True)
+        if arguments.output:  # after every size, the next may not fit the machine
+            found["load_average_before_and_after"] = [*load, os.getloadavg()]
+            written = json.dumps({"settings": kept, "environment": found, "rows": rows}, indent=1)
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(written + "\n")
     print("\n".join(goals(rows)))
-    if arguments.output:
-        kept = {name: value for name, value in vars(arguments).items() if name not in ("child", "output")}
-        found = environment("transformers", "accelerate", "trl")
-        found |= {"trl_left_out": missing, "load_average_before_and_after": [*load, os.getloadavg()]}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"settings": kept, "environment": found, "rows": rows}, indent=1) + "\n")
-        print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":
