@@ -114,6 +114,9 @@ view_transform = dict(
     bev_shape=(32, 32),
     depth=(2.0, 26.0, 0.8),
 )
+# The low-level map of a LiDAR is read behind its first two convolutions: the pillars themselves say where every point
+# fell, which no camera can tell. (The paper's is behind a sparse convolutional encoder.)
+lidar_taps = dict(low="pts_backbone.blocks.0")
 lidar = dict(
     type="CenterPoint",
     data_preprocessor=dict(type="Det3DDataPreprocessor", voxel=True, voxel_layer=voxel_layer),

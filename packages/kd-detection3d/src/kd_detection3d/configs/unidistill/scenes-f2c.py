@@ -5,5 +5,5 @@ method = "unidistill"
 
 model = dict(
     teachers=dict(teacher=dict(_delete_=True, model={{_base_.fusion}})),
-    distiller=dict(path="F2C"),
+    distiller=dict(path="F2C", teacher_taps=None),
 )

@@ -15,6 +15,7 @@ model = dict(
     distiller=dict(
         type="UniDistill",
         path="L2C",
+        teacher_taps={{_base_.lidar_taps}},
         point_cloud_range=[0.0, -12.8, -3.0, 25.6, 12.8, 1.0],
         **weights,
     ),
