@@ -6,24 +6,15 @@ test that one draw in a thousand fails would otherwise fail somewhere in a long 
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
-import torch
-
-
-def seed() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+from accelerate.utils import set_seed
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    seed()  # before the fixtures that the test brings along
+    set_seed(0)  # before the fixtures that the test brings along
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
-    seed()  # and again, because a fixture that an earlier test brought along draws nothing now
+    set_seed(0)  # and again, because a fixture that an earlier test brought along draws nothing now

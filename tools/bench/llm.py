@@ -35,7 +35,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +71,8 @@ def model(arguments: argparse.Namespace, device: Any, scale: int = 1) -> Any:
     return LlamaForCausalLM(config).to(device)
 
 
-@lru_cache(maxsize=1)
-def one_teacher(vocab: int, hidden: int, length: int, layers: int, scale: int, device: Any) -> Any:
-    sizes = argparse.Namespace(vocab=vocab, hidden=hidden, length=length, layers=layers)
-    return model(sizes, device, scale).eval().requires_grad_(False)
-
-
 def teacher_of(arguments: argparse.Namespace, device: Any) -> Any:
-    """The teacher, one for all contenders: a copy each would be most of the memory of a small machine."""
-    sizes = (arguments.vocab, arguments.hidden, arguments.length, arguments.layers, arguments.teacher_scale)
-    return one_teacher(*sizes, device)
+    return model(arguments, device, arguments.teacher_scale).eval().requires_grad_(False)
 
 
 def batches(arguments: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
@@ -131,12 +122,10 @@ def common_options(folder: str, arguments: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def naive(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
+def naive(arguments: argparse.Namespace, device: Any, folder: str, teacher: Any) -> Any:
     import torch
     import torch.nn.functional as F
     from transformers import Trainer, TrainingArguments
-
-    teacher = teacher_of(arguments, device)
 
     class Naive(Trainer):
         loss_is_scaled_for_ga = True
@@ -153,13 +142,12 @@ def naive(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
     return Naive(model(arguments, device), TrainingArguments(**common_options(folder, arguments)))
 
 
-def kd(arguments: argparse.Namespace, device: Any, folder: str, cached: bool = False) -> Any:
+def kd(arguments: argparse.Namespace, device: Any, folder: str, teacher: Any, cached: bool = False) -> Any:
     from transformers import TrainingArguments
 
     from kd_llm.engine.teachers import CachedTeacher, write_cache
     from kd_llm.integrations.trainer import DistillTrainer
 
-    teacher = teacher_of(arguments, device)
     if cached:
         cache = Path(folder) / "cache"
         write_cache(cache, teacher, lambda: batches(arguments, device), k=arguments.top_k)
@@ -168,14 +156,14 @@ def kd(arguments: argparse.Namespace, device: Any, folder: str, cached: bool = F
     return DistillTrainer(model(arguments, device), options, teacher=teacher)
 
 
-def trl_gkd(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
+def trl_gkd(arguments: argparse.Namespace, device: Any, folder: str, teacher: Any) -> Any:
     from datasets import Dataset
     from transformers import default_data_collator
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     return GKDTrainer(
         model(arguments, device),
-        teacher_model=teacher_of(arguments, device),
+        teacher_model=teacher,
         args=GKDConfig(**common_options(folder, arguments), lmbda=0.0, beta=0.0, temperature=1.0),
         data_collator=default_data_collator,
         train_dataset=Dataset.from_dict({"input_ids": [[2, 3]]}),
@@ -183,7 +171,7 @@ def trl_gkd(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
     )
 
 
-def trl_distillation(arguments: argparse.Namespace, device: Any, folder: str) -> Any:
+def trl_distillation(arguments: argparse.Namespace, device: Any, folder: str, teacher: Any) -> Any:
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -198,7 +186,7 @@ def trl_distillation(arguments: argparse.Namespace, device: Any, folder: str) ->
 
     return GivenCompletions(
         model(arguments, device),
-        teacher_model=teacher_of(arguments, device),
+        teacher_model=teacher,
         args=DistillationConfig(**common_options(folder, arguments), beta=0.0, temperature=1.0),
         train_dataset=Dataset.from_dict({"prompt": ["t2 t3"]}),
         processing_class=tokenizer(arguments.vocab),
@@ -217,8 +205,8 @@ MAKERS: dict[str, Callable[..., Any]] = {
 class Contender:
     """Steps of one trainer, without its loop around them; `loss` is the last step's."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace, device: Any, folder: str):
-        self.trainer = MAKERS[name](arguments, device, folder)
+    def __init__(self, name: str, arguments: argparse.Namespace, device: Any, folder: str, teacher: Any):
+        self.trainer = MAKERS[name](arguments, device, folder, teacher)
         self.batches, self.loss = batches(arguments, device), float("nan")
         self.cpu: list[float] = []  # CPU seconds of every step
         trainer = self.trainer
@@ -261,7 +249,8 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> dict[str, int]:
 
     device = pick_device(threads=arguments.threads, cpu=arguments.cpu)
     with tempfile.TemporaryDirectory() as folder:
-        contender = Contender(name, arguments, device, folder)
+        teacher = teacher_of(arguments, device)
+        contender = Contender(name, arguments, device, folder, teacher)
         steps = contender.steps()
         seconds_per_step(steps, 1, device)
         with PeakMemory(device.type) as peak:
@@ -269,8 +258,7 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> dict[str, int]:
     trainer = contender.trainer
     held: list[Any] = [*contender.model.parameters(), *contender.model.buffers()]
     held += [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-    teacher = model(arguments, torch.device("meta"), arguments.teacher_scale) if name != "kd-cached" else None
-    held += [] if teacher is None else list(teacher.parameters())
+    held += [] if name == "kd-cached" else list(teacher.parameters())
     unique = {id(x): x.numel() * x.element_size() for x in held}
     return {"step_bytes": peak.extra, "whole_bytes": peak.extra + sum(unique.values())}
 
@@ -283,16 +271,17 @@ def memory_in_subprocess(name: str, arguments: argparse.Namespace) -> dict[str, 
 def measure(arguments: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
     """One row a contender, for one vocabulary and one width."""
     device = pick_device(threads=arguments.threads, cpu=arguments.cpu)
+    teacher = teacher_of(arguments, device)  # one for all: a copy each would be most of a small machine's memory
     with tempfile.TemporaryDirectory() as folder:
         contenders = {}
         for name in names:
             (Path(folder) / name).mkdir()
-            contenders[name] = Contender(name, arguments, device, str(Path(folder) / name))
+            contenders[name] = Contender(name, arguments, device, str(Path(folder) / name), teacher)
         running = {name: contender.steps() for name, contender in contenders.items()}
         seconds = interleaved(running, device, warmup=1, rounds=arguments.rounds, size=arguments.block)
         losses = {name: float(contender.loss) for name, contender in contenders.items()}
         cpu = {name: contender.cpu[1:] for name, contender in contenders.items()}  # without the warm-up
-    del contenders, running
+    del contenders, running, teacher
     rows = []
     for name in names:
         memory, middle = memory_in_subprocess(name, arguments), statistics.median(seconds[name])
@@ -398,6 +387,8 @@ def main() -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(written + "\n")
     print("\n".join(goals(rows)))
+    if arguments.output:
+        print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":
