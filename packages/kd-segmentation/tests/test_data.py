@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_segmentation import metrics, pictures, splits, textures
+from kd_segmentation import metrics, pictures, shifts, splits, textures
 from kdcore.errors import InputError
 
 
@@ -40,6 +40,45 @@ def test_split_files(tmp_path, capsys):
         splits.split(["a", "b"], 2.0)
     with pytest.raises(InputError, match=r"overlaps the labelled split: a\.png and 1 more"):
         splits.check_disjoint(["a.png", "b.png"], ["b.png", "c.png", "a.png"])
+
+
+@pytest.mark.parametrize("kind", shifts.CORRUPTIONS)
+def test_a_shift_depends_on_the_picture_and_the_generator_alone(kind):
+    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    before = image.copy()
+    first, again, other = (shifts.corrupt(image, kind, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.dtype == np.uint8
+    assert first.shape == image.shape
+    assert (image == before).all()
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (first != image).mean() > 0.5
+
+
+def test_fog_hides_what_is_far_and_dusk_darkens():
+    image = np.random.default_rng(0).integers(0, 256, (40, 16, 3), dtype=np.uint8)
+    fog, dusk = (shifts.corrupt(image, kind, np.random.default_rng(0)).astype(float) for kind in ("fog", "dusk"))
+    assert fog[:10].std() < fog[-10:].std() < image.std()
+    assert fog[:10].mean() > fog[-10:].mean() > image.mean()
+    assert dusk.mean() < 0.7 * image.mean()
+
+
+def test_a_fixed_shift_is_a_function_of_the_images_name():
+    from kd_segmentation.integrations.datasets import RandomShift
+
+    image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+
+    def shown(shift, path="a/x.png"):
+        return shift.transform({"img": image.copy(), "img_path": path})["img"]
+
+    fixed, free = RandomShift(1.0, ["colour"], fixed=True), RandomShift(1.0, ["noise"])
+    assert (shown(fixed) == shown(fixed, "b/x.png")).all()
+    assert (shown(fixed) != shown(fixed, "b/y.png")).any()
+    assert (shown(free) != shown(free)).any()
+    assert (shown(RandomShift(0.0)) == image).all()
+    for wrong in ({"prob": 2.0}, {"kinds": ["snow"]}, {"kinds": []}):
+        with pytest.raises(InputError, match=r"RandomShift.*illumination, blur, noise, colour, fog, dusk"):
+            RandomShift(**wrong)
 
 
 def test_mosaics_are_exact_and_shifts_keep_their_masks(tmp_path, monkeypatch):

@@ -16,15 +16,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from kd_segmentation.shifts import corrupt
 
 TEXTURES = ("brick", "grass", "gravel", "coins", "page", "immunohistochemistry")
 CLASSES = ("brick", "grass", "gravel", "coins", "page", "tissue")
 PALETTE = ((178, 84, 60), (72, 160, 72), (140, 140, 150), (210, 180, 60), (60, 110, 200), (190, 90, 190))
 SHIFTS = ("illumination", "blur", "noise", "colour", "scale")
+BROAD = ("illumination", "blur", "noise", "colour")  # what images of the broad split are under
 SIZES = {"train": 160, "val": 40, "broad": 800}
 DISTRACTORS = (
     *("astronaut", "camera", "cat", "clock", "coffee", "hubble_deep_field", "moon", "retina", "rocket", "text"),
@@ -130,7 +132,7 @@ def broad_mosaic(rng: np.random.Generator, textures: list[np.ndarray], size: int
     """
     count = len(CLASSES)
     image, kinds = mosaic(rng, [*textures[:count], *textures], size, scales=(0.4, 1.4))
-    for kind in rng.permutation(list(CORRUPTIONS))[: rng.choice(3, p=(0.25, 0.45, 0.3))]:
+    for kind in rng.permutation(BROAD)[: rng.choice(3, p=(0.25, 0.45, 0.3))]:
         image = corrupt(image, kind, rng)
     return image, np.where(kinds < 2 * count, kinds % count, 255).astype(np.uint8)
 
@@ -145,43 +147,3 @@ def _patch(rng: np.random.Generator, texture: np.ndarray, size: int, scales: tup
     crop = texture[top : top + span, left : left + span][np.ix_(index, index)]
     crop = np.rot90(crop, int(rng.integers(4)))
     return crop * rng.uniform(0.8, 1.2) * rng.uniform(0.92, 1.08, 3).astype(np.float32)
-
-
-# ---------------------------------------------------------------- shifts
-
-
-def corrupt(image: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """An RGB uint8 picture (H, W, 3) under another illumination, blur, noise or colour; the mask stays valid."""
-    changed = CORRUPTIONS[kind](image.astype(np.float32) / 255, rng)
-    return np.rint(255 * changed.clip(0, 1)).astype(np.uint8)
-
-
-def _illumination(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    height, width = x.shape[:2]
-    angle = rng.uniform(0, 2 * np.pi)
-    rows, columns = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    ramp = 0.75 + 0.35 * (np.cos(angle) * rows + np.sin(angle) * columns)
-    return x ** rng.uniform(1.5, 2.0) * ramp[..., None]
-
-
-def _blur(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    from skimage.filters import gaussian
-
-    return gaussian(x, sigma=rng.uniform(1.0, 1.5), channel_axis=2)
-
-
-def _noise(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return x + rng.normal(0, 0.12, x.shape)
-
-
-def _colour(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    cast = rng.permutation([1.25, 1.0, 0.7])
-    return (0.5 + 0.6 * (x - 0.5)) * cast
-
-
-CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "illumination": _illumination,
-    "blur": _blur,
-    "noise": _noise,
-    "colour": _colour,
-}

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from torch.utils.data import Dataset
 
 from kd_segmentation import textures
+from kd_segmentation.shifts import CORRUPTIONS, corrupt
 from kd_segmentation.splits import check_disjoint
 from kdcore.data import mix, seeded
 from kdcore.errors import InputError
@@ -140,22 +142,31 @@ def _paths(dataset: Any) -> list[str]:
 
 @TRANSFORMS.register_module()
 class RandomShift(BaseTransform):
-    """With probability `prob` one of the corruptions of `kd_segmentation.textures`, at a random strength of its own."""
+    """With probability `prob` one of the shifts of `kd_segmentation.shifts`, at a random strength of its own.
 
-    def __init__(self, prob: float = 0.5, kinds: Sequence[str] = ("illumination", "blur", "noise", "colour")):
-        unknown = set(kinds) - set(textures.CORRUPTIONS)
-        if unknown or not 0 <= prob <= 1:
+    fixed: what is drawn is a function of the image's name, so that every network is tested on the same pictures.
+    """
+
+    def __init__(
+        self,
+        prob: float = 0.5,
+        kinds: Sequence[str] = ("illumination", "blur", "noise", "colour"),
+        fixed: bool = False,
+    ):
+        unknown = set(kinds) - set(CORRUPTIONS)
+        if unknown or not kinds or not 0 <= prob <= 1:
             raise InputError(
                 f"RandomShift: prob = {prob}, kinds = {list(kinds)}: expected a probability and some of "
-                f"{', '.join(textures.CORRUPTIONS)}"
+                f"{', '.join(CORRUPTIONS)}"
             )
-        self.prob, self.kinds = prob, tuple(kinds)
+        self.prob, self.kinds, self.fixed = prob, tuple(kinds), fixed
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        if np.random.uniform() < self.prob:
-            kind = self.kinds[np.random.randint(len(self.kinds))]
-            rng = np.random.default_rng(np.random.randint(2**31))
-            results["img"] = textures.corrupt(results["img"].astype(np.uint8), kind, rng)
+        name = Path(results.get("img_path", "")).name.encode()
+        rng = np.random.default_rng(crc32(name) if self.fixed else np.random.randint(2**31))
+        if rng.uniform() < self.prob:
+            kind = self.kinds[rng.integers(len(self.kinds))]
+            results["img"] = corrupt(results["img"].astype(np.uint8), kind, rng)
         return results
 
 
