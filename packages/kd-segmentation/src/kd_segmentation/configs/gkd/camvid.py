@@ -1,7 +1,7 @@
 # ruff: noqa: C408
-# CamVid, all labels, tested on the same street scenes in fog, at dusk, under a colour cast, blurred and noisy; half an
-# hour of one CPU core a seed for all arms. Nothing is downloaded, so the robust teacher is trained on the spot: a larger
-# transformer that has seen the labels under every shift. The student meets shifted scenes without labels
+# CamVid, all labels, tested on the same street scenes in fog, at dusk, under a colour cast, blurred and noisy; half
+# an hour of one CPU core a seed for all arms. Nothing is downloaded, so the robust teacher is trained on the spot: a
+# larger transformer that has seen the labels under every shift. The student meets shifted scenes without labels
 # (task-agnostic), then the scenes as they are without labels (domain-agnostic), then the labels of the scenes as they
 # are. Arms of one stage take as many steps as all stages together. A seed's teacher is trained once.
 _base_ = ["../_base_/camvid.py"]
