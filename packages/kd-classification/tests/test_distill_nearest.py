@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kd_classification.data import Batch, load_data
-from kd_classification.engine.few_labels import Pair, split_target
+from kd_classification.engine.few_labels import Pair, plain, split_target
 from kd_classification.engine.similarity import (
     average_ranks,
     cka,
@@ -40,6 +40,7 @@ from kd_classification.methods.distill_nearest import (
     source_loss,
     source_weights,
 )
+from kd_classification.models import load_model, penultimate
 from kd_classification.testing import stock_classifier
 from kdcore.config import read_yaml
 from kdcore.errors import InputError
@@ -337,6 +338,27 @@ def test_a_run_scores_chooses_and_ships_a_stock_network(tmp_path):
     assert again["parc/saved"] == pytest.approx(record["scores"]["low"]["parc"])
 
 
+def test_rsa_scores_against_a_network_of_the_target(tmp_path):
+    budget = "{epochs: 1, batch_size: 20, optimizer: {name: adam, lr: 0.005}}"
+    network = f"{{name: resnet18, args: {{layers: [1, 1, 1, 1], channels: [4, 4, 4, 8]}}, train: {budget}}}"
+    _, config, metrics = run(tmp_path / "run", "method_args.score=rsa", f"reference={network}")
+    record = json.loads((tmp_path / "run/scores.json").read_text())
+    best = max(record["scores"], key=lambda name: record["scores"][name]["rsa"])
+    assert record["weights"] == {best: 1.0}
+    assert metrics[f"rsa/{best}"] == record["scores"][best]["rsa"]
+    # the same numbers from the saved networks
+    parts = split_target(load_data(config.data, config.seed), config.labelled, config.unlabelled, config.seed)
+    images = next(iter(plain(parts.labelled, load_data(config.data, config.seed)).loader(512))).images
+    reference, source = (load_model(tmp_path / "run" / name).eval() for name in ("reference", f"source-{best}"))
+    with torch.no_grad():
+        expected = rsa(*(penultimate(net, images)[0] for net in (source, reference)))
+    assert record["scores"][best]["rsa"] == pytest.approx(expected, abs=1e-6)
+    # one's own features are the most alike
+    own = f"sources=[{{name: resnet18, label: own, checkpoint: {tmp_path / 'run/reference'}}}]"
+    _, _, again = run(tmp_path / "again", "method_args.score=rsa", f"reference={network}", own)
+    assert again["rsa/own"] == pytest.approx(1.0)
+
+
 @pytest.mark.slow
 def test_the_best_suited_source_is_found_and_noise_is_not(tmp_path):
     """Sources of digit tasks score above one with meaningless labels."""
@@ -361,6 +383,7 @@ def test_the_student_loads_where_kd_cannot_be_imported(tmp_path):
     ("override", "message"),
     [
         ("method_args.select=[other]", "method_args.select"),
+        ("method_args.score=rsa", r"method_args\.score = 'rsa': needs `reference`"),
         (f"sources=[{NET}, label: a, classes: [[0], [0]]}}]", "disjoint groups"),
         (f"sources=[{NET}, label: a}}, {NET}, label: a}}]", "not all different"),
         ("unlabelled=null", "left over"),

@@ -44,7 +44,7 @@ from kd_classification.engine.few_labels import (
     plain,
     split_target,
 )
-from kd_classification.engine.similarity import ON_FEATURES, ON_PROBABILITIES, similarity_scores
+from kd_classification.engine.similarity import rsa, similarity_scores
 from kd_classification.models import (
     ModelConfig,
     adapted,
@@ -64,14 +64,14 @@ from kdcore.method import Method
 from kdcore.stages import Artefacts, Procedure, RunContext, Stage, write_atomically
 from kdcore.training import TrainSetup, TrainStage
 
-Score = Literal["parc", "cka", "h_score", "knn", "leep", "nce"]
+Score = Literal["parc", "cka", "rsa", "h_score", "knn", "leep", "nce"]
 
 
 class DistillNearestConfig(MethodConfig):
     select: Literal["nearest", "weighted", "farthest"] | list[str] = Field(
         "nearest", description="sources: the best scored, all weighted by score, (control) the worst, or those named"
     )
-    score: Score = Field("parc", description="similarity of a source to the target task")
+    score: Score = Field("parc", description="similarity of a source to the target task; rsa needs `reference`")
     components: int | None = Field(
         None, ge=2, description="principal components of the features that PARC sees, 32 in its library; None: all"
     )
@@ -98,6 +98,9 @@ class DistillNearestRun(MethodRunConfig[DistillNearestConfig]):
     """Sources, the target network, and the target's data, part of which keeps its labels."""
 
     sources: list[SourceConfig] = Field(min_length=1, description="networks trained on other tasks")
+    reference: TeacherConfig | None = Field(
+        None, description="network of the target that score rsa compares with; its `train` is on the labelled images"
+    )
     student: ModelConfig
     data: DataConfig = Field(default_factory=DataConfig)
     labelled: float = Field(
@@ -210,15 +213,22 @@ class Sources:
         self.config, self.data, self.parts = config, data, parts
 
     def stages(self) -> list[Stage]:
-        return [self.stage(source) for source in self.config.sources]
+        stages = [self.stage(source) for source in self.config.sources]
+        reference = self.config.reference
+        if reference is not None:
+            task = replace(self.data, train=self.parts.labelled, validation=None)
+            stages.append(self._trained("reference", task, reference))
+        return stages
+
+    def _trained(self, name: str, task: Data, model: TeacherConfig) -> Stage:
+        identity = {"labelled": self.config.labelled, "unlabelled": self.config.unlabelled}
+        return runs.teacher_stage(self.config, task, name=name, model=model, fingerprint=identity)  # type: ignore[arg-type]
 
     def stage(self, source: SourceConfig) -> Stage:
         name = f"source-{source.label}"
         if source.train is None:
             return Procedure(name, lambda context: self._write(source, context))
-        task = source_data(source, self.data, self.parts.rest)
-        identity = {"labelled": self.config.labelled, "unlabelled": self.config.unlabelled}
-        return runs.teacher_stage(self.config, task, name=name, model=source, fingerprint=identity)  # type: ignore[arg-type]
+        return self._trained(name, source_data(source, self.data, self.parts.rest), source)
 
     def _write(self, source: SourceConfig, context: RunContext) -> Artefacts:
         name = f"source-{source.label}"
@@ -250,20 +260,34 @@ class Sources:
         return adapted(network, self.data, source, field=f"sources.{source.label}")
 
     @torch.no_grad()
-    def score(self, source: SourceConfig, artefacts: Artefacts, device: Any) -> dict[str, float]:
-        """All similarity scores on the labelled images, in the source's own preprocessing."""
-        network, images = self.load(source, artefacts).to(device).eval(), plain(self.parts.labelled, self.data)
+    def outputs(self, network: nn.Module, device: Any) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and logits (n, C) of the labelled images, on the CPU."""
+        network, images = network.to(device).eval(), plain(self.parts.labelled, self.data)
         pairs = [penultimate(network, batch.images.to(device)) for batch in images.loader(256)]
         features, logits = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
+        return features, logits
+
+    def score(
+        self, source: SourceConfig, artefacts: Artefacts, device: Any, reference: Tensor | None
+    ) -> dict[str, float]:
+        """All similarity scores on the labelled images, in the source's own preprocessing; rsa with a reference's
+        features (n, D')."""
+        features, logits = self.outputs(self.load(source, artefacts), device)
         try:
-            components = self.config.method_args.components
-            return similarity_scores(features, logits.softmax(dim=1), images.labels, components=components)
+            components, labels = self.config.method_args.components, self.parts.labelled.labels
+            found = similarity_scores(features, logits.softmax(dim=1), labels, components=components)
+            return found if reference is None else {**found, "rsa": rsa(features, reference)}
         except InputError as error:
             raise InputError(f"sources.{source.label}: {error}") from None
 
     def scores(self, context: RunContext) -> Artefacts:
         device = context.accelerator.device
-        found = {s.label: self.score(s, context.artefacts, device) for s in self.config.sources}
+        reference = None
+        if self.config.reference is not None:
+            network = load_model(context.artefacts["reference"], field="reference")
+            network = adapted(network, self.data, self.config.reference, field="reference")
+            reference, _ = self.outputs(network, device)
+        found = {s.label: self.score(s, context.artefacts, device, reference) for s in self.config.sources}
         args = self.config.method_args
         weights = chosen_sources({name: scores[args.score] for name, scores in found.items()}, args)
         path = context.folder / "scores.json"
@@ -335,6 +359,8 @@ def check(config: DistillNearestRun, data: Data, parts: Parts) -> None:
         raise InputError("data.augment.mixup, cutmix: not for this method, whose images have no common label")
     if config.data.augment.repeats > 1:
         raise InputError(f"data.augment.repeats = {config.data.augment.repeats}: must be 1 for this method")
+    if config.method_args.score == "rsa" and config.reference is None:
+        raise InputError("method_args.score = 'rsa': needs `reference`, a network of the target to compare with")
     runs.check_monitor(config.train, data, "train", m.VALIDATION)
     for source in config.sources:
         field = f"sources.{source.label}"
@@ -362,7 +388,7 @@ def evaluate(config: DistillNearestRun, artefacts: Artefacts) -> dict[str, Any]:
     result = runs.evaluate(config, artefacts)  # type: ignore[arg-type]
     record = json.loads(artefacts["scores"].read_text())
     for name, scores in record["scores"].items():
-        result.update({f"{score}/{name}": scores[score] for score in (*ON_FEATURES, *ON_PROBABILITIES)})
+        result.update({f"{score}/{name}": value for score, value in scores.items()})
         result[f"weight/{name}"] = record["weights"].get(name, 0.0)
     return result
 
