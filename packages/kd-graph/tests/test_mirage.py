@@ -53,26 +53,6 @@ def test_the_best_candidate_on_validation_is_chosen(finished):
     )
 
 
-def test_matched_shares_are_in_the_students_bias(tmp_path):
-    from kd_graph.graph_data import load_graphs as load_data
-    from kd_graph.graph_models import classify
-    from kd_graph.graph_runs import class_shares
-
-    def student(*overrides):
-        name = "matched" if overrides else "plain"
-        method, config = load_config("mirage/small", [*SHRUNK, "method_args.support=[0.7]", *overrides])
-        train(method, config, tmp_path / name, quiet=True, cpu=True)
-        return config, load_classifier(tmp_path / name / "student")
-
-    (config, plain), (_, matched) = student(), student("match_shares=true")
-    data = load_data(config.data, config.seed)
-    logits, _ = classify(matched, data.validation)
-    found = torch.bincount(logits.argmax(1), minlength=2)
-    assert found.tolist() == (class_shares(data) * len(data.validation)).round().tolist()
-    pairs = zip(plain.state_dict().items(), matched.state_dict().values(), strict=True)
-    assert [name for (name, a), b in pairs if not torch.equal(a, b)] == ["head.bias"]
-
-
 def test_metrics_come_again_and_the_report_has_pictures(finished):
     folder, metrics = finished
     again = evaluate(folder)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from kd_graph import __version__
 from kd_graph import metrics as m
 from kd_graph.drawing import draw_distilled, draw_graph
-from kd_graph.engine.decision import share_offsets
 from kd_graph.engine.distilled import Patterns, unfold_patterns
 from kd_graph.engine.edges import WholeGraph
 from kd_graph.engine.trees import TreeTable, discretise, graph_trees
@@ -50,11 +49,6 @@ class GraphRun(MethodRunConfig[A], Generic[A]):
     data: GraphDataConfig = Field(default_factory=GraphDataConfig)
     full: TrainConfig | None = Field(
         None, description="training of the same network on all training graphs, for comparison; None: left out"
-    )
-    match_shares: bool = Field(
-        False,
-        description="move each trained head's bias until the validation graphs, whose labels are not read, are "
-        "predicted of the classes as often as those occur among the training graphs",
     )
 
 
@@ -136,9 +130,8 @@ def full_stage(config: Run, data: GraphData) -> Stage:
         "train": train.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
         "seed": config.seed,
-        "match_shares": config.match_shares,
     }
-    return CachedStage(TrainStage("full", train, build, saver(config, data), artefact="full"), identity)
+    return CachedStage(TrainStage("full", train, build, saver(data), artefact="full"), identity)
 
 
 def class_shares(data: GraphData) -> Tensor:
@@ -175,12 +168,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def saver(config: Run, data: GraphData) -> Any:
-    def save(network: GraphClassifier, folder: Path) -> None:
-        if config.match_shares:
-            logits, _ = classify(network, data.validation)
-            with torch.no_grad():
-                network.head.bias += share_offsets(logits, class_shares(data)).to(network.head.bias)
+def saver(data: GraphData) -> Any:
+    def save(network: nn.Module, folder: Path) -> None:
         save_classifier(network, folder, class_names=data.class_names)
 
     return save

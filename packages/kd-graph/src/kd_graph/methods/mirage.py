@@ -325,7 +325,7 @@ def student_stage(config: Run, data: GraphData, distilled: str, name: str) -> Tr
         graphs = list(load_graphs(context.artefacts[distilled] / "graphs.safetensors"))
         return runs.training_setup(runs.new_network(config, data), graphs, data, config.train, config.seed)
 
-    return TrainStage(name, config.train, build, runs.saver(config, data), artefact=name)
+    return TrainStage(name, config.train, build, runs.saver(data), artefact=name)
 
 
 def stages(config: Run, context: RunContext) -> list[Stage]:
