@@ -4,49 +4,24 @@
 # larger transformer that has seen the labels under every shift. The student meets shifted scenes without labels
 # (task-agnostic), then the scenes as they are without labels (domain-agnostic), then the labels of the scenes as they
 # are. Arms of one stage take as many steps as all stages together. A seed's teacher is trained once.
-_base_ = ["../_base_/camvid.py"]
+_base_ = ["../_base_/camvid.py", "../_base_/small_vits.py"]
 method = "gkd"
 
-loss_decode = dict(type="CrossEntropyLoss", use_sigmoid=False, avg_non_ignore=True, loss_weight=1.0)
 
-
-def network(dim, depth, heads, channels):
-    """A segmentor on timm's vision transformer, patches of 8 pixels; the grid follows the picture."""
-    return dict(
-        type="EncoderDecoder",
-        data_preprocessor=_base_.data_preprocessor,
-        backbone=dict(
-            type="TIMMBackbone",
-            model_name="vit_tiny_patch16_224",
-            pretrained=False,
-            img_size=96,
-            dynamic_img_size=True,
-            patch_size=8,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            out_indices=(depth // 2 - 1, depth - 1),
-        ),
-        decode_head=dict(
-            type="SegformerHead",
-            in_channels=[dim, dim],
-            in_index=[0, 1],
-            channels=channels,
-            dropout_ratio=0.1,
-            num_classes=11,
-            norm_cfg=dict(type="BN", requires_grad=True),
-            align_corners=False,
-            loss_decode=loss_decode,
-        ),
-        train_cfg=dict(),
-        test_cfg=dict(mode="whole"),
-    )
+def of(network):
+    """For street scenes; the grid of patches follows the picture."""
+    return {
+        **network,
+        "data_preprocessor": _base_.data_preprocessor,
+        "backbone": {**network.backbone, "img_size": 96, "dynamic_img_size": True},
+        "decode_head": {**network.decode_head, "num_classes": 11},
+    }
 
 
 model = dict(
     type="DistilledSegmentor",
-    student=network(48, 4, 3, 48),
-    teachers=dict(teacher=dict(model=network(96, 4, 4, 64))),
+    student=of(_base_.small_vit),
+    teachers=dict(teacher=dict(model=of(_base_.large_vit))),
     distiller=dict(type="GKD", token=1.0, feature=1.0, patch=1.0),
 )
 
