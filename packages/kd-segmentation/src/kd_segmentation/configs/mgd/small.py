@@ -64,8 +64,8 @@ train_dataloader = dict(
     ),
 )
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01))
-param_scheduler = [dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=220, by_epoch=False)]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=220, val_interval=220)
+param_scheduler = [dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=170, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=170, val_interval=170)
 teacher_training = dict(
     algorithm="cps",
     cps_start=180,
