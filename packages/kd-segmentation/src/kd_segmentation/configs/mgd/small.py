@@ -64,14 +64,14 @@ train_dataloader = dict(
     ),
 )
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01))
-param_scheduler = [dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=170, by_epoch=False)]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=170, val_interval=170)
+param_scheduler = [dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=150, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=150, val_interval=150)
 teacher_training = dict(
     algorithm="cps",
-    cps_start=180,
-    train_cfg=dict(type="IterBasedTrainLoop", max_iters=210, val_interval=210),
+    cps_start=145,
+    train_cfg=dict(type="IterBasedTrainLoop", max_iters=170, val_interval=170),
     optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01)),
-    param_scheduler=[dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=210, by_epoch=False)],
+    param_scheduler=[dict(type="PolyLR", eta_min=0.0, power=0.9, begin=0, end=170, by_epoch=False)],
 )
 
 nothing = {
