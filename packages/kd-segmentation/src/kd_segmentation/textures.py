@@ -25,8 +25,8 @@ from kd_segmentation.shifts import corrupt
 TEXTURES = ("brick", "grass", "gravel", "coins", "page", "immunohistochemistry")
 CLASSES = ("brick", "grass", "gravel", "coins", "page", "tissue")
 PALETTE = ((178, 84, 60), (72, 160, 72), (140, 140, 150), (210, 180, 60), (60, 110, 200), (190, 90, 190))
-SHIFTS = ("illumination", "blur", "noise", "colour", "scale")
 BROAD = ("illumination", "blur", "noise", "colour")  # what images of the broad split are under
+SHIFTS = (*BROAD, "scale")
 SIZES = {"train": 160, "val": 40, "broad": 800}
 DISTRACTORS = (
     *("astronaut", "camera", "cat", "clock", "coffee", "hubble_deep_field", "moon", "retina", "rocket", "text"),

@@ -256,8 +256,10 @@ class Sources:
         return create_model(source, self.data, field=field, num_classes=classes)
 
     def load(self, source: SourceConfig, artefacts: Artefacts) -> nn.Module:
-        network = load_model(artefacts[f"source-{source.label}"], field=f"sources.{source.label}")
-        return adapted(network, self.data, source, field=f"sources.{source.label}")
+        return self._opened(artefacts[f"source-{source.label}"], source, f"sources.{source.label}")
+
+    def _opened(self, folder: Path, model: TeacherConfig, field: str) -> nn.Module:
+        return adapted(load_model(folder, field=field), self.data, model, field=field)
 
     @torch.no_grad()
     def outputs(self, network: nn.Module, device: Any) -> tuple[Tensor, Tensor]:
@@ -284,8 +286,7 @@ class Sources:
         device = context.accelerator.device
         reference = None
         if self.config.reference is not None:
-            network = load_model(context.artefacts["reference"], field="reference")
-            network = adapted(network, self.data, self.config.reference, field="reference")
+            network = self._opened(context.artefacts["reference"], self.config.reference, "reference")
             reference, _ = self.outputs(network, device)
         found = {s.label: self.score(s, context.artefacts, device, reference) for s in self.config.sources}
         args = self.config.method_args

@@ -147,12 +147,7 @@ class RandomShift(BaseTransform):
     fixed: what is drawn is a function of the image's name, so that every network is tested on the same pictures.
     """
 
-    def __init__(
-        self,
-        prob: float = 0.5,
-        kinds: Sequence[str] = ("illumination", "blur", "noise", "colour"),
-        fixed: bool = False,
-    ):
+    def __init__(self, prob: float = 0.5, kinds: Sequence[str] = textures.BROAD, fixed: bool = False):
         unknown = set(kinds) - set(CORRUPTIONS)
         if unknown or not kinds or not 0 <= prob <= 1:
             raise InputError(
