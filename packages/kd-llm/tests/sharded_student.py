@@ -47,7 +47,7 @@ torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 for (name, a), (_, b) in zip(whole.model.named_parameters(), sharded.model.named_parameters(), strict=True):
     torch.distributed.all_reduce(a.grad)
     torch.testing.assert_close(b.grad.full_tensor(), a.grad / 2, rtol=1e-4, atol=1e-6, msg=name)
-print("equal", type(sharded.model).__name__)
+assert type(sharded.model).__name__ == "FSDPLlamaForCausalLM"
 
 
 # ---------------------------------------------------------------- a training
@@ -106,5 +106,5 @@ torch.distributed.barrier()
 student = AutoModelForCausalLM.from_pretrained(folder / "student")
 for name, value in student.named_parameters():
     assert torch.equal(value, straight[name]), name
-print("resumed", sorted(path.name for path in (folder / "straight").iterdir()))
+assert sorted(path.name for path in (folder / "straight").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 torch.distributed.destroy_process_group()

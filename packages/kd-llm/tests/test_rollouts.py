@@ -572,4 +572,3 @@ def test_a_sharded_model_samples_what_the_whole_one_does():
         [*launch, str(script)], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("lengths differ True") == 2

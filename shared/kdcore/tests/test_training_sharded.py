@@ -19,6 +19,7 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 def launch(*arguments: object, launcher: tuple[str, ...] = TWO) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTHONUNBUFFERED", None)  # or the lines of two processes mix
     command = [*launcher, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
