@@ -386,6 +386,8 @@ def test_the_student_loads_where_kd_cannot_be_imported(tmp_path):
         ("method_args.score=rsa", r"method_args\.score = 'rsa': needs `reference`"),
         (f"sources=[{NET}, label: a, classes: [[0], [0]]}}]", "disjoint groups"),
         (f"sources=[{NET}, label: a}}, {NET}, label: a}}]", "not all different"),
+        (f"sources=[{NET}, label: a, cache: answers}}]", r"sources\.a\.cache: not for this method"),
+        ("reference={name: resnet18, train: {epochs: 1}, cache: answers}", r"reference\.cache: not for this method"),
         ("unlabelled=null", "left over"),
         ("unlabelled=100000", "left without a label"),
         ("labelled=500", "class '0' has"),

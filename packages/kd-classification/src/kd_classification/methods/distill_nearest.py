@@ -363,10 +363,12 @@ def check(config: DistillNearestRun, data: Data, parts: Parts) -> None:
     if config.method_args.score == "rsa" and config.reference is None:
         raise InputError("method_args.score = 'rsa': needs `reference`, a network of the target to compare with")
     runs.check_monitor(config.train, data, "train", m.VALIDATION)
+    networks = {"reference": config.reference, **{f"sources.{source.label}": source for source in config.sources}}
+    for field, network in networks.items():
+        if network is not None and network.cache is not None:
+            raise InputError(f"{field}.cache: not for this method; its answers are computed as they are needed")
     for source in config.sources:
         field = f"sources.{source.label}"
-        if source.cache is not None:
-            raise InputError(f"{field}.cache: not for this method; its answers are computed as they are needed")
         if source.train is None:
             continue
         groups = source.classes or [[label] for label in range(data.num_classes)]
@@ -394,8 +396,4 @@ def evaluate(config: DistillNearestRun, artefacts: Artefacts) -> dict[str, Any]:
     return result
 
 
-def predict(config: DistillNearestRun, artefacts: Artefacts, count: int) -> list[dict[str, Any]]:
-    return runs.predict(config, artefacts, count)  # type: ignore[arg-type]
-
-
-METHOD = Method("distill_nearest", __doc__ or "", DistillNearestRun, stages, evaluate, predict)
+METHOD = Method("distill_nearest", __doc__ or "", DistillNearestRun, stages, evaluate, runs.predict)
