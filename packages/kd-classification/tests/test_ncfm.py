@@ -490,7 +490,7 @@ def test_configs():
     _, small = load_config("ncfm/small")
     assert {"ce", "herding", "full", "gaussian", "mean_matching", "dm", "mtt"} <= set(small.compare)
     _, mnist = load_config("ncfm/mnist")
-    assert (mnist.data.name, mnist.synthetic.factor) == ("idx", 2)
+    assert (mnist.data.name, mnist.synthetic.per_class, mnist.synthetic.factor) == ("idx", 10, 1)
     assert {"ce", "herding", "dm", "mtt"} <= set(mnist.compare)
     _, paper = load_config("ncfm/paper")
     assert (paper.method_args.frequencies, paper.method_args.sampling) == (1024, "scale_mixture")
