@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +106,20 @@ def test_mosaics_are_exact_and_shifts_keep_their_masks(tmp_path, monkeypatch):
     before = (root / "img_dir" / "train" / "0000.png").stat().st_mtime_ns
     textures.write(root, size=32)
     assert (root / "img_dir" / "train" / "0000.png").stat().st_mtime_ns == before
+
+
+def test_a_broad_split_of_another_size_begins_with_the_same_pictures(tmp_path, monkeypatch):
+    from kd_segmentation.integrations.datasets import TextureMosaicDataset
+
+    monkeypatch.setattr(textures, "SIZES", {"train": 1, "val": 1, "broad": 2})
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    few, more = (TextureMosaicDataset(split="broad", size=32, broad=number, pipeline=[]) for number in (None, 3))
+    assert (len(few), len(more)) == (2, 3)
+    for index in range(2):
+        first, second = (Path(dataset.get_data_info(index)["img_path"]).read_bytes() for dataset in (few, more))
+        assert first == second
+    with pytest.raises(InputError, match="broad = 0: expected a number of images above 0"):
+        TextureMosaicDataset(split="broad", broad=0)
 
 
 def test_a_texture_lies_where_its_mask_says():

@@ -39,14 +39,17 @@ def splits() -> tuple[str, ...]:
     return (*SIZES, *(f"val_{shift}" for shift in SHIFTS))
 
 
-def write(root: Path, *, seed: int = 0, size: int = 64) -> Path:
-    """Draws all splits into `root` unless it holds them already, atomically; returns `root`."""
+def write(root: Path, *, seed: int = 0, size: int = 64, broad: int | None = None) -> Path:
+    """Draws all splits into `root` unless it holds them already, atomically; returns `root`.
+
+    broad: how many images the broad split has; None: as SIZES says. The first ones are the same for every number.
+    """
     if root.is_dir():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=".tmp-"))
     try:
-        _draw_all(temporary, seed, size)
+        _draw_all(temporary, seed, size, broad)
         os.rename(temporary, root)
     except OSError:
         if not root.is_dir():  # another process was faster: its pictures are the same
@@ -56,17 +59,18 @@ def write(root: Path, *, seed: int = 0, size: int = 64) -> Path:
     return root
 
 
-def default_root(seed: int = 0, size: int = 64) -> Path:
+def default_root(seed: int = 0, size: int = 64, broad: int | None = None) -> Path:
     """The folder in kd's cache for these pictures."""
     from kdcore.stages import cache_folder
 
-    return cache_folder() / "texture-mosaics" / f"v{VERSION}-seed{seed}-{size}px"
+    return cache_folder() / "texture-mosaics" / f"v{VERSION}-seed{seed}-{size}px-broad{broad or SIZES['broad']}"
 
 
-def _draw_all(root: Path, seed: int, size: int) -> None:
+def _draw_all(root: Path, seed: int, size: int, broad: int | None) -> None:
     textures = _photographs(*TEXTURES)
     more = [*textures, *_photographs(*DISTRACTORS)]
-    for number, (split, count) in enumerate(SIZES.items()):
+    sizes = SIZES if broad is None else {**SIZES, "broad": broad}
+    for number, (split, count) in enumerate(sizes.items()):
         for index in range(count):
             key = (seed, number, index)
             if split == "broad":

@@ -69,7 +69,8 @@ class CamVidDataset(BaseSegDataset):
 class TextureMosaicDataset(BaseSegDataset):
     """`kd_segmentation.textures` on disk, drawn where they are missing. split: train, val, val_blur, ...
 
-    data_root: a folder of their own; None: in kd's cache. `draw_seed` and `size` say which pictures.
+    data_root: a folder of their own; None: in kd's cache. `draw_seed`, `size` and `broad`, the number of images in the
+    broad split (None: 800), say which pictures.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {
@@ -78,12 +79,20 @@ class TextureMosaicDataset(BaseSegDataset):
     }
 
     def __init__(
-        self, split: str = "train", data_root: str | None = None, draw_seed: int = 0, size: int = 64, **arguments: Any
+        self,
+        split: str = "train",
+        data_root: str | None = None,
+        draw_seed: int = 0,
+        size: int = 64,
+        broad: int | None = None,
+        **arguments: Any,
     ):
         if split not in textures.splits():
             raise InputError(f"split = '{split}': allowed: {', '.join(textures.splits())}")
-        root = Path(data_root) if data_root else textures.default_root(draw_seed, size)
-        textures.write(root, seed=draw_seed, size=size)
+        if broad is not None and broad < 1:
+            raise InputError(f"broad = {broad}: expected a number of images above 0")
+        root = Path(data_root) if data_root else textures.default_root(draw_seed, size, broad)
+        textures.write(root, seed=draw_seed, size=size, broad=broad)
         prefix = {"img_path": f"img_dir/{split}", "seg_map_path": f"ann_dir/{split}"}
         arguments = {"data_prefix": prefix, "img_suffix": ".png", **arguments}
         super().__init__(data_root=str(root), **arguments)

@@ -1,10 +1,11 @@
 # ruff: noqa: C408
-# small.py with a longer training: a teacher that has seen more, and stages that have time to follow it. About 35
-# minutes of one CPU core a seed for all arms; a seed's teacher is trained once.
+# small.py with what makes a foundation model one: 6000 broad images instead of 800, and time to learn from them; the
+# stages of representation have time to follow. About 45 minutes of one CPU core a seed for all arms; a seed's teacher
+# is trained once.
 _base_ = ["small.py"]
 method = "gkd"
 
-proxy, own, task = 1500, 250, 300  # steps
+proxy, own, task = 4000, 800, 500  # steps
 together = proxy + own + task
 
 
@@ -19,21 +20,29 @@ def loop(steps):
     return dict(type="IterBasedTrainLoop", max_iters=steps, val_interval=steps)
 
 
-def longer(stage, steps):
-    """A stage of small.py with another length."""
+def longer(stage, steps, images=None):
+    """A stage of small.py with another length, and another number of images in its broad split."""
+    dataset = {**stage["train_dataloader"]["dataset"], "broad": images}
     return {
         **stage,
         "train_cfg": dict(type="IterBasedTrainLoop", max_iters=steps),
+        "train_dataloader": {**stage["train_dataloader"], "dataset": dataset},
         "param_scheduler": cosine(steps),
     }
 
 
 train_cfg = loop(task)
 param_scheduler = cosine(task)
-teacher_training = dict(train_cfg=loop(5000), param_scheduler=cosine(5000))
+generic, own_images = _base_.teacher_training.train_dataloader.dataset.datasets
+mixture = [{**generic, "broad": 6000}, dict(type="RepeatDataset", times=8, dataset=own_images)]
+teacher_training = dict(
+    train_cfg=loop(5000),
+    param_scheduler=cosine(5000),
+    train_dataloader=dict(dataset=dict(datasets=mixture)),
+)
 method_args = dict(
     representation=[
-        longer(_base_.method_args.representation[0], proxy),
+        longer(_base_.method_args.representation[0], proxy, 6000),
         longer(_base_.method_args.representation[1], own),
     ]
 )
