@@ -163,6 +163,24 @@ def test_terms_are_the_equation():
     }
 
 
+def test_images_without_a_mask_go_through_the_student_once():
+    distiller, seen = gkd().eval(), []
+    student, t = distiller.student, distiller.teacher.forward_features(IMAGES)[:, 1:]
+    handle = student.patch_embed.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    torch.manual_seed(3)
+    distiller.loss(SegBatch(IMAGES))["patch"][1].backward()
+    assert seen == [4, 2]
+    handle.remove()
+    found = [parameter.grad for parameter in student.parameters()]
+    distiller.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    mask = draw_patch_masks(4, 16, probability=0.5, ratio=0.5)
+    twice = tokens_of(student, IMAGES, mask, distiller.mask_token).patches  # a second pass of all
+    F.mse_loss(distiller.heads["patch"](twice, t), t).backward()
+    for ours, parameter in zip(found, student.parameters()):
+        torch.testing.assert_close(ours, parameter.grad)
+
+
 def test_masked_places_do_not_depend_on_their_pixels():
     vit, token = make(8, 2).eval(), torch.zeros(8, dtype=D)
     mask = torch.zeros(1, 16, dtype=torch.bool)

@@ -85,11 +85,11 @@ def masked(vit: nn.Module, mask: Tensor, token: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def draw_patch_masks(count: int, patches: int, *, probability: float, ratio: float, device=None) -> Tensor:
-    """(count, patches) bool: the first floor(probability * count) images have floor(ratio * patches) random masked
-    patches each, the others none."""
+def draw_patch_masks(count: int, patches: int, *, probability: float, ratio: float) -> Tensor:
+    """(count, patches) bool on the CPU: the first floor(probability * count) images have floor(ratio * patches) random
+    masked patches each, the others none."""
     chosen = int(probability * count)
     mask = torch.zeros(count, patches, dtype=torch.bool)
     order = torch.rand(chosen, patches).argsort(dim=1)
     mask[:chosen] = order < int(ratio * patches)
-    return mask.to(device)
+    return mask

@@ -165,20 +165,23 @@ class GKD(Distiller):
             feature=(args.feature, token_loss(torch.cat([token, patches], dim=1), everything)),
         )
         if args.patch:
-            mask = draw_patch_masks(
-                len(images),
-                ours.patches.shape[1],
-                probability=args.mask_probability,
-                ratio=args.mask_ratio,
-                device=images.device,
-            )
-            hidden = tokens_of(self._vit, images, mask, self.mask_token) if mask.any() else ours
-            retrieved = self.heads["patch"](hidden.patches, theirs.patches)
+            hidden = self._with_masked_patches(images, ours.patches)
+            retrieved = self.heads["patch"](hidden, theirs.patches)
             terms["patch"] = (args.patch, token_loss(retrieved, theirs.patches))
         if args.query:  # logged, not trained on
             entropy = attention_entropy(self.heads["feature"], ours.patches, theirs.patches)
             terms["attention_entropy"] = (0.0, entropy)
         return terms
+
+    def _with_masked_patches(self, images: Tensor, patches: Tensor) -> Tensor:
+        """P~ (B, N, d): a second pass for the images that have masks; the others keep their `patches`."""
+        probability, ratio = self.args.mask_probability, self.args.mask_ratio
+        mask = draw_patch_masks(len(images), patches.shape[1], probability=probability, ratio=ratio)
+        count = int(mask.any(dim=1).sum())  # they come first; counted on the CPU, so that no device waits
+        if not count:
+            return patches
+        hidden = tokens_of(self._vit, images[:count], mask[:count].to(images.device), self.mask_token)
+        return torch.cat([hidden.patches, patches[count:]])
 
     @torch.no_grad()
     def _teacher_tokens(self, images: Tensor) -> Tokens:
