@@ -173,6 +173,21 @@ def test_run_leaves_metrics_log_and_a_report(finished):
         assert text in page, text
 
 
+@pytest.mark.slow
+def test_a_teacher_with_its_own_seed_is_one_for_all_runs(tmp_path, monkeypatch):
+    def teacher(seed: int, cache: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("KD_CACHE", str(tmp_path / cache))
+        folder = tmp_path / f"{cache}-{seed}"
+        train(folder, f"seed={seed}", "teacher_training.seed=7", "train_cfg.max_iters=1")
+        return torch.load(folder / "teacher" / "model.pth", weights_only=True)["state_dict"]
+
+    first, cached, again = teacher(0, "one"), teacher(1, "one"), teacher(1, "other")
+    assert len(list((tmp_path / "one" / "teacher").iterdir())) == 1  # one entry in the cache
+    for name, value in first.items():
+        assert torch.equal(value, cached[name]), name
+        assert torch.equal(value, again[name]), name  # also where each run trains it
+
+
 STOCK = """
 import sys, types
 class Compiled(types.ModuleType):                            # as mmcv with its operators answers

@@ -37,6 +37,9 @@ class TeacherTraining(Config):
     optim_wrapper: Section = Field(description="the optimiser")
     param_scheduler: list[Section] = Field(default_factory=list, description="learning-rate schedules")
     train_dataloader: Section | None = Field(None, description="its data; None: the student's")
+    seed: int | None = Field(
+        None, ge=0, description="its own, so that runs of all seeds have one teacher; None: the run's"
+    )
 
 
 class SegmentationRun(MethodRunConfig[A], Generic[A]):
@@ -255,12 +258,12 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
         "textures": textures.VERSION,
         "torch": torch.__version__,
         "model": stock_model(config, model),
-        "training": training.model_dump(mode="json"),
+        "training": training.model_dump(mode="json", exclude={"seed"}),
         "data": loader,
         "test_pipeline": pipeline,
-        "seed": config.seed,
+        "seed": config.seed if training.seed is None else training.seed,
     }
-    return CachedStage(MMEngineStage(target, build, artefact=target), identity)
+    return CachedStage(MMEngineStage(target, build, artefact=target, seed=training.seed), identity)
 
 
 def check(config: Run, distiller: Section) -> None:

@@ -210,9 +210,9 @@ def run_stages(stages: Sequence[Stage], context: RunContext) -> Artefacts:
     return dict(context.artefacts)
 
 
-def stage_seed(context: RunContext, name: str) -> int:
-    """The seed of a stage, by the run's and its name: independent of what ran before."""
-    return (context.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**31
+def stage_seed(context: RunContext, name: str, seed: int | None = None) -> int:
+    """The seed of a stage, by the run's (or `seed`) and its name: independent of what ran before."""
+    return ((context.seed if seed is None else seed) * 1_000_003 + zlib.crc32(name.encode())) % 2**31
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:

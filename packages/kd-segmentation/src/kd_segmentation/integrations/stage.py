@@ -50,16 +50,20 @@ class RunnerSetup:
 
 @dataclass
 class MMEngineStage:
-    """Trains by mmengine's Runner and saves `<run>/<artefact>/`. `build` is called with seeded generators."""
+    """Trains by mmengine's Runner and saves `<run>/<artefact>/`. `build` is called with seeded generators.
+
+    seed: in the place of the run's.
+    """
 
     name: str
     build: Callable[[RunContext], RunnerSetup]
     artefact: str = "student"
+    seed: int | None = None
 
     def run(self, context: RunContext) -> Artefacts:
         from accelerate.utils import set_seed
 
-        seed = stage_seed(context, self.name)
+        seed = stage_seed(context, self.name, self.seed)
         set_seed(seed)
         work = context.folder / "checkpoints" / self.name
         with ExitStack() as stack:
