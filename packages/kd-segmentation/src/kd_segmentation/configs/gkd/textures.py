@@ -20,13 +20,14 @@ def loop(steps):
     return dict(type="IterBasedTrainLoop", max_iters=steps, val_interval=steps)
 
 
-def longer(stage, steps, images=None):
-    """A stage of small.py with another length, and another number of images in its broad split."""
+def longer(stage, steps, lr=2e-3, images=None):
+    """A stage of small.py with another length, rate, and number of images in its broad split."""
     dataset = {**stage["train_dataloader"]["dataset"], "broad": images}
     return {
         **stage,
         "train_cfg": dict(type="IterBasedTrainLoop", max_iters=steps),
         "train_dataloader": {**stage["train_dataloader"], "dataset": dataset},
+        "optim_wrapper": dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=lr, weight_decay=0.05)),
         "param_scheduler": cosine(steps),
     }
 
@@ -43,7 +44,7 @@ teacher_training = dict(
 )
 method_args = dict(
     representation=[
-        longer(_base_.method_args.representation[0], proxy, 6000),
+        longer(_base_.method_args.representation[0], proxy, lr=6e-3, images=6000),
         longer(_base_.method_args.representation[1], own),
     ]
 )
