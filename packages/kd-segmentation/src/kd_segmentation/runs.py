@@ -246,6 +246,7 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
     distiller = cps if training.algorithm == "cps" else {"type": "TappedDistiller"}
     changes = {key: getattr(training, key) for key in ("train_cfg", "optim_wrapper", "param_scheduler")}
     loader = training.train_dataloader or config.train_dataloader
+    seed = config.seed if training.seed is None else training.seed
 
     def build(context: RunContext) -> RunnerSetup:
         sections = runner_sections(config, **changes, train_dataloader=loader, custom_hooks=[], load_from=None)
@@ -261,9 +262,9 @@ def teacher_stage(config: Run, name: str, section: Section) -> Stage:
         "training": training.model_dump(mode="json", exclude={"seed"}),
         "data": loader,
         "test_pipeline": pipeline,
-        "seed": config.seed if training.seed is None else training.seed,
+        "seed": seed,
     }
-    return CachedStage(MMEngineStage(target, build, artefact=target, seed=training.seed), identity)
+    return CachedStage(MMEngineStage(target, build, artefact=target, seed=seed), identity)
 
 
 def check(config: Run, distiller: Section) -> None:
