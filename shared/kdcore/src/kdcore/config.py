@@ -7,6 +7,7 @@ allowed, with a suggestion for a misspelt key.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_UniqueKeyLoader` would read as a number."""
+
+
+# PyYAML takes 1e-3 for text, as YAML 1.1 has it; where a field may hold anything, no schema would turn it back.
+for _class in (_UniqueKeyLoader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError that names the file when it is missing, broken or no mapping."""
     try:
@@ -179,7 +191,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key or any(not part for part in key.split(".")):
         raise InputError(f"override '{text}': expected key=value, for example train.epochs=3")
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, Loader=_UniqueKeyLoader)
     except yaml.YAMLError:
         raise InputError(f"override '{text}': the value is not valid YAML") from None
 
@@ -214,7 +226,7 @@ def _deep_copy(value: Any) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; `parse(type(config), yaml.safe_load(...))` gives an equal config back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def config_difference(before: Config, after: Config, *, ignore: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
