@@ -1,7 +1,7 @@
 # ruff: noqa: C408
 # CamVid with the labels of one scene in eight, tested on other scenes as they are and in fog, at dusk, under a colour
-# cast, blurred and noisy; about ten minutes of one CPU core an arm and seed, and half an hour for the teacher. Nothing is
-# downloaded, so the robust teacher is trained on the spot, one for all seeds: a larger transformer that has seen the
+# cast, blurred and noisy; about ten minutes of one CPU core an arm and seed, and half an hour for the teacher. Nothing
+# is downloaded, so the robust teacher is trained on the spot, one for all seeds: a larger transformer that has seen the
 # labels of all training scenes, under every shift. The student meets shifted scenes without labels (task-agnostic),
 # then the scenes as they are without labels (domain-agnostic), then the labels of the 46. Arms of one stage take as
 # many steps as all stages together.
