@@ -164,8 +164,12 @@ def test_override_values_are_yaml(text, expected):
     assert parse_override(text) == expected
 
 
-def test_number_without_a_point_is_a_number(tmp_path):
-    """In a section without a schema too; text that looks like one (a name of an arm) stays text in a run."""
+def test_number_without_a_point_is_a_number():
+    assert parse_toy(train={"epochs": 1, "optimizer": {"lr": "1e-3"}}).train.optimizer.lr == 0.001
+
+
+def test_number_without_a_point_is_one_without_a_schema_too(tmp_path):
+    """And text that looks like a number, such as the name of an arm, stays text in the config of a run."""
     path = tmp_path / "a.yaml"
     path.write_text("anything: {eta_min: 1e-5}")
     assert read_yaml(path) == {"anything": {"eta_min": 1e-5}}

@@ -141,8 +141,8 @@ class MethodRunConfig(RunConfig, Generic[A]):
 # ---------------------------------------------------------------- reading and overriding
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (plain YAML keeps the last one silently)."""
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (plain YAML keeps the last silently) and takes 1e-3 for a number."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -155,14 +155,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_UniqueKeyLoader` would read as a number."""
+    """SafeDumper that quotes text that `_Loader` would take for a number."""
 
 
-# PyYAML takes 1e-3 for text, as YAML 1.1 has it; where a field may hold anything, no schema would turn it back.
-for _class in (_UniqueKeyLoader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+# Text in PyYAML, as YAML 1.1 has it; where a field may hold anything, no schema would turn it into a number.
+_NUMBER = ("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(*_NUMBER)
+_Dumper.add_implicit_resolver(*_NUMBER)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config {path}: cannot be read ({error})") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -191,7 +190,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key or any(not part for part in key.split(".")):
         raise InputError(f"override '{text}': expected key=value, for example train.epochs=3")
     try:
-        return key, yaml.load(value, Loader=_UniqueKeyLoader)
+        return key, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         raise InputError(f"override '{text}': the value is not valid YAML") from None
 
@@ -225,7 +224,7 @@ def _deep_copy(value: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML; `parse(type(config), yaml.safe_load(...))` gives an equal config back."""
+    """The resolved config as YAML; `parse(type(config), read_yaml(...))` gives an equal config back."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
